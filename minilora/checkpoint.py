@@ -1,0 +1,159 @@
+"""Run folders and checkpoints: atomic save, checked load, the log, the progress line, and stopping without loss.
+
+Plumbing that both training scripts share; skip it when you read for the method.
+"""
+
+import io
+import json
+import signal
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minilora.data import Refused, write_atomic
+
+
+def save(path, content):
+    """Write tensors and plain values atomically. Equal content gives equal bytes (torch.save to a path would store the
+    file's name).
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def load(path, kind=None):
+    """Read what `save` wrote, to the CPU. `Refused` if it is missing, cut, has a flipped bit, holds code, or is not of
+    `kind`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise Refused(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as z:
+            damaged = z.testzip()  # torch.load checks no checksum
+        if damaged:
+            raise Refused(f"{path}: damaged at {damaged}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Refused:
+        raise
+    except Exception as error:  # zip and pickle errors come as many types, all of which mean the same here
+        raise Refused(f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+    if kind and (not isinstance(content, dict) or content.get("kind") != kind or content.get("format") != 1):
+        found = content.get("kind") if isinstance(content, dict) else type(content).__name__
+        raise Refused(f"{path}: holds '{found}', not a '{kind}' of format 1")
+    return content
+
+
+def write_json(path, value):
+    """Write a value as JSON, atomically; NaN becomes null, since JSON has no NaN."""
+    clean = lambda v: ({k: clean(x) for k, x in v.items()} if isinstance(v, dict) else [clean(x) for x in v]
+                       if isinstance(v, (list, tuple)) else None if isinstance(v, float) and not np.isfinite(v) else v)
+    write_atomic(path, json.dumps(clean(value), indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path, default=None):
+    """The value of a JSON file, or `default` where there is none; `Refused` if it cannot be read."""
+    if not Path(path).exists():
+        return default
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise Refused(f"{path}: not readable as JSON ({error})") from None
+
+
+def open_run(folder, config, resume):
+    """Make a run folder, or go on in one. `Refused` if it holds another configuration, or the same one and `resume` is
+    off.
+    """
+    there = read_json(Path(folder) / "config.json")
+    config = json.loads(json.dumps(config))
+    if there is not None and there != config:
+        keys = [k for k in {**config, **there} if config.get(k) != there.get(k)]
+        raise Refused(f"{folder} holds a run of another configuration ({', '.join(f'{k} {there.get(k)} there, {config.get(k)} here' for k in keys[:3])}); " "choose another --out")
+    if there is not None and not resume:
+        raise Refused(f"{folder} holds this run already; go on with --resume, or choose another --out")
+    if there is None:
+        write_json(Path(folder) / "config.json", config)
+
+
+def pick_device(name):
+    """'auto', 'cpu', 'cuda' or 'cuda:N' -> torch.device; `Refused` where it is not there."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise Refused(f"device '{name}' is not known; use auto, cpu or cuda") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise Refused(f"device '{name}': torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+class Log:
+    """log.jsonl: one JSON object a line. `size` goes into a checkpoint; `cut` takes the file back to it on resume."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+
+    @property
+    def size(self):
+        return self.path.stat().st_size
+
+    def cut(self, size):
+        with open(self.path, "r+b") as f:
+            f.truncate(min(size, self.size))
+
+    def write(self, **entry):
+        with open(self.path, "a") as f:
+            f.write(json.dumps(entry) + "\n")
+
+
+class Progress:
+    """One line: step of steps, what happens, rate and time left. In place on a terminal, else a line every 10 seconds."""
+
+    def __init__(self, name, steps, start=0):
+        self.name, self.steps, self.start, self.began, self.shown = name, steps, start, time.monotonic(), 0.0
+
+    def due(self, step):
+        """Whether a line is to be shown after `step` steps: the script reads the loss only then."""
+        return step == self.steps or time.monotonic() - self.shown > (0.5 if sys.stdout.isatty() else 10)
+
+    def show(self, step, text):
+        self.shown = time.monotonic()
+        rate = (step - self.start) / max(self.shown - self.began, 1e-9)
+        left = (self.steps - step) / rate if rate else 0
+        line = f"{self.name:16s} step {step}/{self.steps}  {text}  {rate:.1f} steps/s  {left:.0f} s left"
+        in_place = sys.stdout.isatty()
+        print(("\r\033[K" if in_place else "") + line, end="" if in_place and step < self.steps else "\n", flush=True)
+
+
+class Stopped(Exception):
+    """Raised between two steps, after the state was saved, when a stop was asked for; `.code` is the exit code."""
+
+    def __init__(self, code):
+        self.code = code
+
+
+class Stopper:
+    """Context in which Ctrl-C and SIGTERM only set `.code`: the loop finishes its step, saves and raises `Stopped`. A
+    second one stops at once.
+    """
+
+    def __enter__(self):
+        self.code = 0
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame):
+        if self.code:
+            raise KeyboardInterrupt
+        self.code = 128 + number
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,681 @@
+"""Diagnose with a modality missing: pretrain or load a tiny ViLT, freeze it, adapt it with MoRA and its controls,
+compare.
+
+    python train_mora.py --out runs/mora                     # phantoms (synthetic), 3 seeds
+    python train_mora.py --data study.npz --out runs/mine    # your images, notes and numbers
+
+The script reads downward. The lesson is `adapt`: zero_grad, forward, loss, backward, step, around `minilora/mora.py`.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+
+from minilora import checkpoint, data, metrics
+from minilora.data import Refused
+from minilora.mora import METHODS, adapter_parameters, attach, gates
+from minilora.vit import ViT
+
+LR_GRID = (3e-3, 1e-2, 3e-2)  # every method's learning rate comes from here: one shared rate would favour some of them
+SAVE_EVERY, LOG_EVERY = 200, 50  # steps
+
+
+@dataclass
+class Config:
+    """Adapt a frozen multimodal transformer to diagnose with missing modalities; compare MoRA with its controls."""
+
+    out: Path = Path("runs/mora")  # Run folder: config, splits, log, metrics, adapters, model.
+    # Study file (.npz) or a MedMNIST file; default: phantoms of the target domain, which are synthetic.
+    data: Path | None = None
+    source: Path | None = None  # Study file that the base is pretrained on; default: phantoms of the source domain.
+    # Which modalities to use; default: all that the file has, and image and note of the phantoms (which have vitals
+    # and labs too).
+    modalities: tuple[str, ...] = ()
+    synthetic_notes: bool = False  # Attach templated notes, right 80% of the time, to a file that has none.
+    # Of head, lora, mora, mora-open, mora-shuffled, mora-all, prompt, full. `head` is the baseline of every
+    # difference.
+    methods: tuple[str, ...] = ("head", "lora", "mora", "mora-open", "full")
+    seeds: int = 3  # Runs per method; a seed sets split, missing table, initial adapter and batches.
+    # TYPE:RATE for training and validation; TYPE is a modality that is lost, `any`, or `both` (any of two).
+    missing: str = "any:0.7"
+    test_missing: tuple[str, ...] = ()  # TYPE:RATE of each test row; default: as in training.
+    # `mask` hides an absent modality from attention; `dummy` puts an all-ones image or an empty note there, as the
+    # paper does.
+    absent: str = "mask"
+    # `trained` with the adapter, or `locked`: trained first by method `head`, then frozen, so that the adapter alone
+    # adapts.
+    head: str = "trained"
+    rank: int = 4  # Rank of the MoRA branch; the other adapters get as many parameters.
+    steps: int = 400  # Adaptation steps.
+    batch: int = 64  # Samples per step.
+    # A learning rate for all methods, or METHOD:RATE for some; default: the best of 0.003, 0.01, 0.03 on seed 0's
+    # validation split.
+    lr: tuple[str, ...] = ()
+    keep: str = "mora:0"  # METHOD:SEED that goes into model.pt, which export.py takes.
+    image_size: int = 32  # Images are resized to this.
+    patch: int = 8  # Side of an image patch; must divide the image size.
+    width: int = 64  # Width of the transformer.
+    depth: int = 4  # Blocks of the transformer.
+    heads: int = 4  # Attention heads.
+    buckets: int = 2048  # Hash buckets for words.
+    positions: int = 0  # Word positions of a note; 0: what the longest note needs, at most 64. Longer notes are cut.
+    pretrain_steps: int = 1200  # Steps of pretraining on the source, once; the base is cached under runs/base.
+    phantoms: int = 4000  # Phantoms to draw where no --data is given.
+    device: str = "auto"  # auto, cpu, cuda or cuda:N.
+    resume: bool = False  # Go on with the run in --out, or show it again if it is finished.
+    dry_run: bool = False  # Print counts, parameters, memory and an estimate of time, and stop.
+
+
+# -------------------------------------------------------------------------------------------------------- the two loops
+
+
+def pretrain(cfg, source, vit_config, device, path, stop):
+    """Train encoder and pooler on the source's attributes, one linear head each, complete samples only; returns the
+    state without head.
+
+    Cached in `path`; an interrupted pretraining goes on from `path`.last.pt.
+    """
+    if path.exists():
+        return checkpoint.load(path, "base")["state"]
+    inputs = on(device, data.model_inputs(source, *input_sizes(vit_config),
+                                          numeric_scales(source, np.arange(len(source)))))
+    targets = on(device, source.attributes)
+    torch.manual_seed(0)
+    vit = ViT(**vit_config)
+    readers = torch.nn.ModuleDict({k: torch.nn.Linear(cfg.width, int(v.max()) + 1) for k, v in targets.items()})
+    model = torch.nn.ModuleDict({"vit": vit, "readers": readers}).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(cfg.pretrain_steps))
+    last, start = path.with_suffix(".last.pt"), 0
+    if last.exists():
+        start = restore(checkpoint.load(last, "resume"), model, optimizer, schedule)
+    progress = checkpoint.Progress("pretrain", cfg.pretrain_steps, start)
+    losses = torch.zeros(cfg.pretrain_steps, device=device)
+    present = torch.ones(cfg.batch, len(vit.modalities), device=device)
+    for step in range(start, cfg.pretrain_steps):
+        rows = torch.from_numpy(rows_at(0, step, len(source), cfg.batch)).to(device)
+        optimizer.zero_grad()
+        features = vit.features({m: x[rows] for m, x in inputs.items()}, present)
+        loss = sum(F.cross_entropy(reader(features), targets[k][rows], ignore_index=-1) for k,
+                   reader in readers.items())
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses[step] = loss.detach()
+        if progress.due(step + 1):
+            progress.show(step + 1,
+                          f"loss {last_finite(losses[start : step + 1], start, 'pretraining', lambda s: rows_at(0, s, len(source), cfg.batch)):.3f}")
+        if stop.code or (step + 1) % SAVE_EVERY == 0:
+            checkpoint.save(last, resume_state(model, optimizer, schedule, step + 1))
+        if stop.code:
+            raise checkpoint.Stopped(stop.code)
+    state = {k: v.cpu() for k, v in vit.state_dict().items() if not k.startswith("head.")}
+    checkpoint.save(path, {"format": 1, "kind": "base", "config": vit_config, "state": state})
+    last.unlink(missing_ok=True)
+    return state
+
+
+def adapt(cfg, model, method, seed, lr, task, device, log, last, stop):
+    """Train what `attach` left trainable; returns seconds. `task`: inputs, labels, present and shuffled [N,M], train
+    rows of one seed.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:  # `head` has nothing left to train once it is locked
+        return 0.0
+    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(cfg.steps))
+    job, start, began = f"{method}-s{seed}-{lr:g}", 0, time.monotonic()
+    saved = checkpoint.load(last, "resume") if last.exists() else {}
+    if saved.get("job") == job:
+        start, began = restore(saved, model, optimizer, schedule), began - saved["seconds"]
+        log.cut(saved["log"])
+    rows_of = lambda step: task["train"][rows_at(seed, step, len(task["train"]), cfg.batch)]
+    progress = checkpoint.Progress(f"{method} s{seed} lr {lr:g}", cfg.steps, start)
+    losses = torch.zeros(cfg.steps, device=device)
+    for step in range(start, cfg.steps):
+        rows = torch.from_numpy(rows_of(step)).to(device)  # indexed by step: a resumed run draws the same
+        batch, present = {m: x[rows] for m, x in task["inputs"].items()}, task["present"][rows]
+        optimizer.zero_grad()
+        logits = model(batch, present, gates(method, present, task["shuffled"][rows]))  # block 0 adds sum_m present_m (x . down) . up_m
+        loss = diagnosis_loss(logits, task["labels"][rows])
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses[step] = loss.detach()
+        done = step + 1
+        if done % LOG_EVERY == 0 or done == cfg.steps:
+            mean = last_finite(losses[max(0, done - LOG_EVERY) : done], max(0, done - LOG_EVERY), job, rows_of,
+                               mean=True)
+            log.write(method=method, seed=seed, lr=lr, step=done, loss=round(mean, 6))
+        if progress.due(done):
+            progress.show(done, f"loss {last_finite(losses[start:done], start, job, rows_of):.3f}")
+        if stop.code or (done % SAVE_EVERY == 0 and done < cfg.steps):
+            extra = {"job": job, "seconds": time.monotonic() - began, "log": log.size}
+            checkpoint.save(last, resume_state(model, optimizer, schedule, done) | extra)
+        if stop.code:
+            raise checkpoint.Stopped(stop.code)
+    return time.monotonic() - began
+
+
+def diagnosis_loss(logits, labels):
+    """Cross-entropy for labels [B]; for several findings [B,C] binary cross-entropy over the labelled ones (-1 =
+    unlabelled).
+    """
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels)
+    known = (labels >= 0).float()
+    return (F.binary_cross_entropy_with_logits(logits, labels.clamp(min=0).float(),
+                                               reduction="none") * known).sum() / known.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def predict(model, method, task, rows, present, shuffled):
+    """Probabilities [n,C] float64 of the rows under a presence table [N,M]."""
+    out = []
+    for part in torch.from_numpy(rows).split(512):
+        batch = {m: x[part] for m, x in task["inputs"].items()}
+        logits = model(batch, present[part], gates(method, present[part], shuffled[part])).double()
+        out.append(logits.sigmoid() if task["labels"].ndim == 2 else logits.softmax(1))
+    return torch.cat(out).cpu().numpy()
+
+
+# --------------------------------------------------------------------------------------------------- steps of the loops
+
+
+def warm_cosine(steps):
+    """Learning-rate factor by step: up over the first tenth, then down a cosine to 0."""
+    warm = max(1, steps // 10)
+    return lambda step: min((step + 1) / warm, 0.5 * (1
+                                                      + np.cos(np.pi * min(1,
+                                                                           max(0, step - warm) / max(1, steps
+                                                                                                     - warm)))))
+
+
+def rows_at(seed, step, n, batch):
+    """The batch of a step, [batch] positions in n: drawn from (seed, step) alone."""
+    return np.random.default_rng((seed, step)).integers(0, n, batch)
+
+
+def on(device, arrays):
+    """{name: array} -> {name: tensor on the device}."""
+    return {k: torch.from_numpy(np.ascontiguousarray(v)).to(device) for k, v in arrays.items()}
+
+
+def last_finite(losses, first, what, rows_of, mean=False):
+    """The last loss, or the mean, as a float; `Refused` with step and sample indices if one is NaN or infinite. Reads
+    the device once.
+    """
+    losses = losses.cpu()
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        step = first + int(bad[0])
+        raise Refused(f"{what}: the loss is {losses[int(bad[0])]:g} at step {step}, samples {rows_of(step).tolist()}; lower --lr or look at these samples")
+    return float(losses.mean() if mean else losses[-1])
+
+
+def resume_state(model, optimizer, schedule, step):
+    """What a loop needs to go on after `step` steps: only what trains, its optimizer, its schedule."""
+    state = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return {"format": 1, "kind": "resume", "step": step, "state": state, "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict()}
+
+
+def restore(saved, model, optimizer, schedule):
+    """Undo `resume_state`; returns the step to go on with."""
+    model.load_state_dict(saved["state"], strict=False)
+    optimizer.load_state_dict(saved["optimizer"])
+    schedule.load_state_dict(saved["schedule"])
+    return saved["step"]
+
+
+# ------------------------------------------------------------------------------------------------------ data and models
+
+
+def read_studies(cfg):
+    """(target, source) studies with the same modalities; the phantoms' numbers take the names of the target's."""
+    if cfg.data is None and cfg.synthetic_notes:
+        raise Refused("--synthetic-notes is for a --data file without notes; the phantoms have reports")
+    target = (data.load_study(cfg.data, cfg.synthetic_notes) if cfg.data
+              else data.phantoms(cfg.phantoms, 2, "target", cfg.image_size))
+    wanted = cfg.modalities or (() if cfg.data else ("image", "note"))
+    target = target.select(wanted) if wanted else target
+    if cfg.source:
+        source = data.load_study(cfg.source, cfg.synthetic_notes)
+        source = source.select([m for m in target.modalities if m in source.modalities])
+        if source.modalities != target.modalities:
+            raise Refused(f"{cfg.source} has {', '.join(source.modalities) or 'none'} of the target's modalities {', '.join(target.modalities)}; needs all")
+        source = source.take(source.labelled & source.have().all(1))
+        source.attributes = {f"label {i}": c for i, c in enumerate(np.atleast_2d(source.labels.T))}
+    else:
+        source = data.phantoms(8000, 1, "source", cfg.image_size)
+        groups = list(source.numeric)
+        names = {m: groups[i % len(groups)] for i, m in enumerate(m for m in target.modalities
+                                                                  if m not in ("image", "note"))}
+        source.numeric, source.columns = ({m: getattr(source, what)[g] for m, g in names.items()}
+                                          for what in ("numeric", "columns"))
+        readable = {"kind": "image", "side": "image", "symptom": "note", "history": "note"}
+        keep = [k for k, m in readable.items() if m in target.modalities] + (["agree"]
+                                                                             if {"image",
+                                                                                 "note"} <= set(target.modalities)
+                                                                             else [])
+        source.attributes = {k: source.attributes[k] for k in keep or ["symptom", "history"]}
+        source = source.select(target.modalities)
+    return target, source
+
+
+def vit_sizes(cfg, target, source):
+    """The keyword arguments of `ViT` that the base is pretrained with: the source's columns; classes do not matter to
+    it.
+    """
+    positions = cfg.positions
+    if not positions and "note" in target.modalities:
+        longest = max(len(data.words_of(n)) for study in (target, source) for n in study.notes)
+        positions = min(64, -(-(1 + longest) // 4) * 4)  # next multiple of 4, so that near lengths share a base
+    colour = any(s.images is not None and s.images.ndim == 4 for s in (target, source))
+    return dict(modalities=target.modalities, classes=2, columns=column_ids(source, cfg.buckets),
+                image_size=cfg.image_size, channels=3 if colour else 1, patch=cfg.patch, width=cfg.width,
+                depth=cfg.depth, heads=cfg.heads, buckets=cfg.buckets, positions=positions or 1)
+
+
+def column_ids(study, buckets):
+    """{numeric modality: word id of each column's name}."""
+    return {m: [data.word_id(c.lower(), buckets) for c in names] for m, names in study.columns.items()}
+
+
+def input_sizes(vit_config):
+    """The arguments of `data.model_inputs` that a ViT's configuration knows."""
+    return [vit_config[k] for k in ("image_size", "channels", "buckets", "positions")]
+
+
+def numeric_scales(study, rows):
+    """{numeric modality: (mean [F], scale [F])} over the given rows."""
+    return {m: data.numeric_scale(v[rows]) for m, v in study.numeric.items()}
+
+
+def draw_task(cfg, study, seed):
+    """Split, missing tables and scales of one seed, shared by all methods: numpy, as stored in split-sN.npz."""
+    parts = data.split(study, seed)
+    have, order = study.have(), np.random.default_rng((seed, 14)).permutation(len(study))
+    tables = {text: data.missing_table(have, study.modalities, text, seed) for text in {cfg.missing, *tests_of(cfg)}}
+    return {"parts": parts, "tables": tables, "order": order, "scales": numeric_scales(study, parts["train"])}
+
+
+def tests_of(cfg):
+    """The test rows, each a TYPE:RATE."""
+    return list(dict.fromkeys(cfg.test_missing or (cfg.missing,)))
+
+
+def load_task(cfg, study, drawn, vit_config, device):
+    """The tensors of one seed, on the device."""
+    inputs = on(device, data.model_inputs(study, *input_sizes(vit_config), drawn["scales"]))
+    tables = {k: torch.from_numpy(v.astype(np.float32)).to(device) for k, v in drawn["tables"].items()}
+    present = tables[cfg.missing]
+    return {"inputs": inputs, "labels": torch.from_numpy(study.labels).to(device), "train": drawn["parts"]["train"],
+            "present": present, "shuffled": present[drawn["order"]], "tables": tables}
+
+
+def build(vit_config, base, method, rank, seed, state=None):
+    """The frozen base with a method's adapter on it, fresh from `seed` or with a trained `state`."""
+    torch.manual_seed(seed)
+    model = ViT(**vit_config)
+    lacking = model.load_state_dict(base, strict=False)
+    if lacking.unexpected_keys or any(not k.startswith("head.") for k in lacking.missing_keys):
+        raise Refused(f"the base does not fit the model: {(lacking.unexpected_keys + lacking.missing_keys)[0]}")
+    attach(model, method, rank)
+    if state is not None:
+        model.load_state_dict(state, strict=False)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------- a job
+
+
+def run_job(cfg, ctx, method, seed, lr, path):
+    """Adapt and evaluate one (method, seed, lr), or read its finished file; returns the file's content."""
+    if path.exists():
+        return checkpoint.load(path, "mora adapter")
+    device, study, drawn = ctx["device"], ctx["study"], ctx["drawn"][seed]
+    if ctx.get("task_seed") != seed:  # one seed's tensors at a time
+        ctx.update(task=load_task(cfg, study, drawn, ctx["vit"], device), task_seed=seed)
+    task = ctx["task"]
+    model = build(ctx["vit"], ctx["base"], method, cfg.rank, seed)
+    if cfg.head == "locked" and method != "head":
+        trained = checkpoint.load(cfg.out / f"adapters/head-s{seed}.pt", "mora adapter")["state"]
+        model.load_state_dict(trained, strict=False)
+        model.pooler.requires_grad_(False)
+        model.head.requires_grad_(False)
+    model.to(device)
+    counts = {"adapter_params": sum(p.numel() for p in adapter_parameters(model).values()),
+              "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
+              "total_params": sum(p.numel() for p in model.parameters())}
+    seconds = adapt(cfg, model, method, seed, lr, task, device, ctx["log"], cfg.out / "last.pt", ctx["stop"])
+    labels, result = study.labels, {"by_test": {}}
+    val = drawn["parts"]["val"]
+    result["val"] = metrics.scores(labels[val], predict(model, method, task, val, task["present"], task["shuffled"]))
+    rows = drawn["parts"]["test"]
+    for text in tests_of(cfg):
+        present, table = task["tables"][text], drawn["tables"][text]
+        p = predict(model, method, task, rows, present, present[drawn["order"]])
+        names = np.array([data.pattern_name(r, study.modalities) for r in table[rows]])
+        patterns = {}
+        for name in np.unique(names).tolist():
+            here = names == name
+            patterns[name] = {"n": int(here.sum()), "accuracy": metrics.scores(labels[rows][here], p[here])["accuracy"]}
+        result["by_test"][text] = metrics.scores(labels[rows], p) | {"by_pattern": patterns}
+    keep = {n for n, p in model.named_parameters() if p.requires_grad or n.startswith(("pooler.", "head."))}
+    content = {"format": 1, "kind": "mora adapter", "method": method, "seed": seed, "lr": lr, "rank": cfg.rank,
+               "counts": counts, "result": result, "state": {n: p.detach().cpu() for n, p in model.named_parameters()
+                                                             if n in keep},
+               "scales": {m: [s.tolist() for s in pair] for m, pair in drawn["scales"].items()}}
+    timings = checkpoint.read_json(cfg.out / "timings.json", {})
+    checkpoint.write_json(cfg.out / "timings.json", timings | {f"{method}-s{seed}-{lr:g}": round(seconds, 3)})
+    checkpoint.save(path, content)
+    (cfg.out / "last.pt").unlink(missing_ok=True)
+    return content
+
+
+def pick_rate(cfg, ctx, method, given):
+    """(learning rate, {rate: validation macro-F1}): as given, or the best of the grid on seed 0's validation split. The
+    winner's run is seed 0's.
+    """
+    if method in given or "" in given:
+        return given.get(method, given.get("")), {}
+    tried = {lr: run_job(cfg, ctx, method, 0, lr, cfg.out / f"picks/{method}-{lr:g}.pt") for lr in LR_GRID}
+    found = {lr: content["result"]["val"]["macro_f1"] for lr, content in tried.items()}
+    best = max(found, key=found.get)
+    if not (cfg.out / f"adapters/{method}-s0.pt").exists():
+        checkpoint.save(cfg.out / f"adapters/{method}-s0.pt", tried[best])
+    print(f"{method}: learning rate {best:g}, picked on seed 0's validation split (macro-F1 {', '.join(f'{lr:g}: {v:.3f}' for lr, v in found.items())})")
+    return best, found
+
+
+# -------------------------------------------------------------------------------------------------------- what is shown
+
+
+def collect(cfg, study, results, picked):
+    """The content of metrics.json from {method: [content per seed]}."""
+    methods = {}
+    for method, runs in results.items():
+        per_seed = lambda get, runs=runs: [get(r) for r in runs]
+        tests = {}
+        for text in tests_of(cfg):
+            rows = [r["result"]["by_test"][text] for r in runs]
+            tests[text] = {k: [r[k] for r in rows] for k in ("macro_f1", "auroc", "accuracy")}
+            names = sorted({n for r in rows for n in r["by_pattern"]})
+            tests[text]["by_pattern"] = {n: {k: [r["by_pattern"].get(n, {"n": 0, "accuracy": None})[k] for r in rows]
+                                             for k in ("n", "accuracy")} for n in names}
+        first = tests[tests_of(cfg)[0]]
+        methods[method] = {k: first[k] for k in ("macro_f1", "auroc",
+                                                 "accuracy")} | {"val_macro_f1": per_seed(lambda r: r["result"]["val"]["macro_f1"]), "lr": picked[method][0], "lr_grid": {f"{k:g}": v for k, v in picked[method][1].items()}, "adapter_params": per_seed(lambda r: r["counts"]["adapter_params"]), "trainable_params": per_seed(lambda r: r["counts"]["trainable_params"]), "total_params": per_seed(lambda r: r["counts"]["total_params"]), "ranks": per_seed(branch_ranks), "by_test": tests}
+    return {"format": 1, "kind": "mora", "data": study.name, "synthetic": study.synthetic,
+            "synthetic_notes": study.synthetic_notes, "absent": cfg.absent, "head": cfg.head, "missing": cfg.missing,
+            "seeds": list(range(cfg.seeds)), "methods": methods}
+
+
+def branch_ranks(content):
+    """{layer: rank} of the branches in an adapter file."""
+    return {n.removesuffix(".mora.down"): t.shape[1] for n, t in content["state"].items() if n.endswith(".mora.down")}
+
+
+def table(report, timings):
+    """The comparison as text: one block per test row; mean ± spread (standard deviation over seeds) and each seed's
+    difference to head-only.
+    """
+    lines, methods = [], report["methods"]
+    notes = "synthetic data" if report["synthetic"] else "synthetic notes" if report["synthetic_notes"] else "real data"
+    show = lambda v: f"{np.mean(v):.3f}" + (f" ±{np.std(v):.3f}" if len(v) > 1 else "") if None not in v else "-"
+    for text in next(iter(methods.values()))["by_test"]:
+        patterns = methods[next(iter(methods))]["by_test"][text]["by_pattern"]
+        lines += ["",
+                  f"{report['data']} ({notes}); trained with {report['missing']}, tested with {text}; absent: {report['absent']}; head {report['head']}; " f"{len(report['seeds'])} seed{'s' * (len(report['seeds']) > 1)}", f"{'method':14s}{'macro-F1':>14s}{'AUROC':>14s}  {'accuracy by what is present: ' + ', '.join(patterns)}"]
+        width = max(34, 7 * len(patterns) + 2)
+        lines[-1] = (lines[-1].ljust(44 + width)
+                     + f"{'adapter':>9s}{'trainable':>11s}{'lr':>8s}{'seconds':>9s}  macro-F1 minus head's, per seed")
+        for name, m in methods.items():
+            t = m["by_test"][text]
+            accuracy = "".join(f"{np.mean([a for a in t['by_pattern'][p]['accuracy'] if a is not None]):7.3f}"
+                               if p in t["by_pattern"] else "      -" for p in patterns)
+            seconds = [timings.get(f"{name}-s{s}-{m['lr']:g}") for s in report["seeds"]]
+            base = methods.get("head", {"by_test": {text: t}})["by_test"][text]["macro_f1"]
+            gain = (" ".join(f"{a - b:+.3f}" for a, b in zip(t["macro_f1"], base)) if "head" in methods
+                    and name != "head" else "")
+            lines.append(f"{name:14s}{show(t['macro_f1']):>14s}{show(t['auroc']):>14s} {accuracy}".ljust(44 + width)
+                         + f"{m['adapter_params'][0]:9,d}{m['trainable_params'][0]:11,d}"
+                         f"{m['lr']:8g}{np.mean([s for s in seconds if s is not None] or [np.nan]):9.1f}  {gain}")
+    return "\n".join(lines + ["", *conclusion(report)])
+
+
+def conclusion(report):
+    """Sentences computed from the numbers of the first test row: what adapting gains, and whether awareness of the
+    modality does.
+    """
+    f1s = {k: np.array(m["macro_f1"]) for k, m in report["methods"].items()}
+    seeds, said = len(report["seeds"]), []
+
+    def against(a, b):
+        d = f1s[a] - f1s[b]
+        return (d,
+                f"{'one seed' if seeds == 1 else f'{int((d > 0).sum())} of {seeds} seeds, mean'} {d.mean():+.3f} macro-F1")
+
+    if "mora" in f1s and "head" in f1s:
+        d, words = against("mora", "head")
+        said.append(f"Adapting with MoRA {'beats' if (d > 0).all() else 'does not reliably beat'} head-only ({words}).")
+    for control, what in (("lora", "the plain branch of as many parameters"), ("mora-open", "MoRA with all gates open"),
+                          ("mora-shuffled", "MoRA told another sample's pattern")):
+        if "mora" in f1s and control in f1s:
+            d, words = against("mora", control)
+            said.append(f"MoRA {'beats' if (d > 0).all() else 'does NOT beat'} {control}, {what} ({words}).")
+    if "mora" in f1s and "full" in f1s:
+        said.append(f"Full fine-tuning minus MoRA: {against('full', 'mora')[1]}.")
+    if seeds == 1:
+        said.append("One seed: an illustration, not evidence.")
+    if report["synthetic_notes"]:
+        said.append("The notes are synthetic notes, made from the labels: these numbers say nothing about real reports.")
+    return said
+
+
+def figure(report, path):
+    """Macro-F1 per method, each seed a dot; with several test rows a line per method. Returns whether matplotlib was
+    there.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no figure: pip install 'minilora[pictures]' draws {path.name}")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    methods, fig = report["methods"], plt.figure(figsize=(6.4, 3.8), dpi=120)
+    ax = fig.add_subplot()
+    tests = list(next(iter(methods.values()))["by_test"])
+    for i, (name, m) in enumerate(methods.items()):
+        values = np.array([m["by_test"][t]["macro_f1"] for t in tests])  # [tests, seeds]
+        style = dict(color=f"C{i}", zorder=3)
+        if len(tests) > 1:
+            ax.plot(tests, values.mean(1), marker="o", label=name, **style)
+            ax.fill_between(tests, values.min(1), values.max(1), color=f"C{i}", alpha=0.15, lw=0)
+        else:
+            ax.bar(i, values.mean(), color=f"C{i}", alpha=0.35, width=0.7)
+            ax.plot([i] * values.shape[1], values[0], "o", ms=5, **style)
+    if len(tests) > 1:
+        ax.legend(fontsize=8)
+        ax.set_xlabel("missing at test time (band: lowest to highest seed)")
+    else:
+        ax.set_xticks(range(len(methods)), list(methods), rotation=20)
+        ax.set_ylim(bottom=max(0, min(min(m["macro_f1"]) for m in methods.values()) - 0.1))
+    kind = "synthetic data" if report["synthetic"] else "synthetic notes" if report["synthetic_notes"] else "real data"
+    ax.set(ylabel="macro-F1 on the test split",
+           title=f"{report['data']} ({kind}), trained with {report['missing']}, {len(report['seeds'])} seed(s)")
+    ax.title.set_fontsize(9)
+    ax.grid(axis="y", alpha=0.3)
+    fig.tight_layout()
+    fig.savefig(path, metadata={"Software": None})
+    plt.close(fig)
+    print(f"figure: {path}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def check(cfg, study):
+    """Refuse what cannot be run before anything is written; returns ({method or '': lr}, (kept method, seed))."""
+    for method in cfg.methods:
+        if method not in METHODS:
+            raise Refused(f"method '{method}' is not known; use {', '.join(METHODS)}")
+    if cfg.head not in ("trained", "locked") or cfg.absent not in ("mask", "dummy"):
+        raise Refused(f"--head '{cfg.head}' must be trained or locked, --absent '{cfg.absent}' must be mask or dummy")
+    if cfg.head == "locked" and cfg.methods[0] != "head":
+        raise Refused(f"--head locked trains the head by method 'head' first; --methods must begin with head, not {cfg.methods[0]}")
+    for name in ("seeds", "rank", "steps", "batch", "patch", "width", "depth", "heads", "image_size", "pretrain_steps",
+                 "phantoms"):
+        if getattr(cfg, name) < 1:
+            raise Refused(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; must be at least 1")
+    if cfg.buckets < 16 or cfg.positions < 0 or cfg.positions == 1:
+        raise Refused(f"--buckets {cfg.buckets} must be at least 16 and --positions {cfg.positions} 0 or at least 2")
+    for text in (cfg.missing, *cfg.test_missing):
+        data.parse_missing(text, study.modalities)
+    rates = {}
+    for text in cfg.lr:
+        method, _, rate = text.rpartition(":")
+        try:
+            rates[method] = float(rate)
+        except ValueError:
+            rates[method] = -1.0
+        if not 0 < rates[method] < 10 or (method and method not in METHODS):
+            raise Refused(f"learning rate '{text}' must be RATE or METHOD:RATE with a rate in (0,10)")
+    method, _, seed = cfg.keep.rpartition(":")
+    if cfg.keep == "mora:0" and "mora" not in cfg.methods:
+        method = cfg.methods[-1]
+    if method not in cfg.methods or not seed.isdigit() or int(seed) >= cfg.seeds:
+        raise Refused(f"--keep '{cfg.keep}' must be METHOD:SEED of this run: {', '.join(cfg.methods)}, seed below {cfg.seeds}")
+    return rates, (method, int(seed))
+
+
+def describe(study, drawn):
+    """What the run works on, in lines."""
+    notes = " with synthetic notes" if study.synthetic_notes else ", synthetic" if study.synthetic else ""
+    unlabelled = int((~study.labelled).sum())
+    yield (f"{study.name}{notes}: {len(study)} samples, {', '.join(study.modalities)}; classes {', '.join(study.class_names)}" + (f"; {unlabelled} unlabelled, left out" if unlabelled else ""))
+    for seed, d in drawn.items():
+        yield f"seed {seed}: " + ", ".join(f"{k} {len(v)}" for k, v in d["parts"].items())
+        for text, present in d["tables"].items():
+            names, counts = np.unique([data.pattern_name(r, study.modalities) for r in present], return_counts=True)
+            yield f"  {text}: " + ", ".join(f"{n} {c}" for n, c in zip(names, counts))
+
+
+def dry_run(cfg, study, vit_config, drawn, device, rates):
+    """Counts, parameters, memory and an estimate of time, from three timed steps per method."""
+    cfg_steps, total = cfg.steps, 0.0
+    task = load_task(cfg, study, drawn[0], vit_config, device)
+    base = {k: v for k, v in ViT(**vit_config).state_dict().items() if not k.startswith("head.")}
+    for method in cfg.methods:
+        model = build(vit_config, base, method, cfg.rank, 0).to(device)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        times = []
+        for step in range(4):
+            began, rows = (time.monotonic(), torch.from_numpy(task["train"][rows_at(0, step, len(task["train"]),
+                                                                                    cfg.batch)]).to(device))
+            optimizer.zero_grad()
+            present = task["present"][rows]
+            diagnosis_loss(model({m: x[rows] for m, x in task["inputs"].items()}, present,
+                                 gates(method, present, present)), task["labels"][rows]).backward()
+            optimizer.step()
+            times.append(time.monotonic() - began)
+        runs = cfg.seeds if method in rates or "" in rates else cfg.seeds - 1 + len(LR_GRID)
+        total += (each := float(np.median(times[1:]))) * cfg_steps * runs
+        trainable, everything = (sum(p.numel() for p in model.parameters() if p.requires_grad or a)
+                                 for a in (False, True))
+        adapter = sum(p.numel() for p in adapter_parameters(model).values())
+        print(f"{method:14s} adapter {adapter:,}, trainable {trainable:,} of {everything:,} ({trainable / everything:.2%}); {each * 1e3:.0f} ms a step, {runs} runs")
+    held = sum(x.element_size() * x.numel() for x in task["inputs"].values())
+    tokens = task["inputs"]["note"].shape[1] if "note" in task["inputs"] else 0
+    tokens += (1 + (cfg.image_size // cfg.patch) ** 2 * ("image" in study.modalities)
+               + sum(map(len, study.columns.values())))
+    step_bytes = 4 * cfg.batch * cfg.depth * tokens * (18 * cfg.width + 3 * cfg.heads * tokens)
+    print(f"memory: data {held / 2**20:.0f} MiB, weights {4 * everything / 2**20:.1f} MiB, about {step_bytes / 2**20:.0f} MiB for a step's activations")
+    print(f"time: about {total / 60:.1f} min on {device} for adapting, and pretraining where the base is not cached")
+
+
+def main(argv=None):
+    cfg = tyro.cli(Config, args=argv, description=Config.__doc__)
+    with data.one_line_errors():
+        try:
+            with checkpoint.Stopper() as stop:
+                run(cfg, stop)
+        except checkpoint.Stopped as stopped:
+            print(f"\nstopped; everything is saved. Go on with the same command and --resume (run folder {cfg.out})")
+            raise SystemExit(stopped.code) from None
+
+
+def run(cfg, stop):
+    device = checkpoint.pick_device(cfg.device)
+    study, source = read_studies(cfg)
+    rates, kept = check(cfg, study)
+    base_config = vit_sizes(cfg, study, source)
+    vit_config = base_config | {"classes": len(study.class_names), "columns": column_ids(study, cfg.buckets),
+                                "absent": cfg.absent}
+    try:
+        ViT(**vit_config)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    drawn = {seed: draw_task(cfg, study, seed) for seed in range(cfg.seeds)}
+    print(*describe(study, drawn), sep="\n")
+    if cfg.dry_run:
+        return dry_run(cfg, study, vit_config, drawn, device, rates)
+
+    identity = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(cfg).items()
+                if k not in ("out", "resume", "dry_run", "device")}
+    for key in ("data", "source"):  # a run belongs to the content of its files, not to their place
+        identity[key] = ({"name": getattr(cfg, key).name, "sha256": data.sha256(getattr(cfg, key))} if getattr(cfg, key)
+                         else None)
+    checkpoint.open_run(cfg.out, identity, cfg.resume)
+    for seed, d in drawn.items():
+        arrays = (d["parts"] | {f"present {k}": v for k, v in d["tables"].items()}
+                  | {"modalities": np.array(study.modalities)})
+        data.write_atomic(cfg.out / f"split-s{seed}.npz", data.npz_bytes(arrays))
+
+    base_hash = data.digest({"vit": base_config, "source": identity["source"] or "phantoms 8000",
+                             "attributes": sorted(source.attributes), "steps": cfg.pretrain_steps, "batch": cfg.batch,
+                             "synthetic_notes": source.synthetic_notes})[:16]
+    base_path = Path("runs/base") / f"vit-{base_hash}.pt"
+    base = pretrain(cfg, source, base_config, device, base_path, stop)
+    ctx = {"device": device, "study": study, "drawn": drawn, "vit": vit_config, "base": base, "stop": stop,
+           "log": checkpoint.Log(cfg.out / "log.jsonl")}
+    picked, results = {}, {}
+    for method in cfg.methods:
+        picked[method] = pick_rate(cfg, ctx, method, rates)
+        results[method] = []
+    for seed in range(cfg.seeds):  # seed by seed: the first complete comparison is there early
+        for method in cfg.methods:
+            results[method].append(run_job(cfg, ctx, method, seed, picked[method][0],
+                                           cfg.out / f"adapters/{method}-s{seed}.pt"))
+
+    method, seed = kept
+    model = {"format": 1, "kind": "mora", "config": vit_config | {"modalities": list(study.modalities)}, "base": base,
+             "base_hash": base_hash, "class_names": study.class_names, "multilabel": study.multilabel,
+             "columns": study.columns, "data": identity["data"] or study.name, "synthetic": study.synthetic,
+             "synthetic_notes": study.synthetic_notes, "patterns": seen_patterns(drawn, cfg),
+             "adapter": results[method][seed]}
+    checkpoint.save(cfg.out / "model.pt", model)
+    report = collect(cfg, study, results, picked)
+    checkpoint.write_json(cfg.out / "metrics.json", report)
+    print(table(report, checkpoint.read_json(cfg.out / "timings.json", {})))
+    figure(report, cfg.out / "macro_f1.png")
+    print(f"run folder: {cfg.out}; export {method}, seed {seed}, with: python export.py mora {cfg.out}")
+
+
+def seen_patterns(drawn, cfg):
+    """The presence rows of the training splits, most frequent first."""
+    rows, counts = np.unique(np.concatenate([d["tables"][cfg.missing][d["parts"]["train"]] for d in drawn.values()]),
+                             axis=0, return_counts=True)
+    return rows[np.argsort(-counts, kind="stable")].astype(int).tolist()
+
+
+if __name__ == "__main__":
+    main()
