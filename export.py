@@ -4,14 +4,15 @@
     python export.py check runs/mora/onnx            # parity with torch, provider
     python export.py predict runs/mora/onnx --image chest.png --note "fever, recent cold"
 
-A MoRA branch stands beside a nonlinear block, so it cannot be merged into the weights. It is frozen per presence pattern instead:
-the ups of the present modalities fold into one matrix, and the tokens of absent modalities leave the graph. One more
-graph, `mask.onnx`, takes the presence as an input. `predict` and `check` are `minilora/serve.py` and import no torch.
-"""
+A MoRA branch stands beside a nonlinear block, so it cannot be merged into the weights. It is frozen per presence
+pattern instead: the ups of the present modalities fold into one matrix, and the tokens of absent modalities leave the
+graph. One more graph, `mask.onnx`, takes the presence as an input. `predict` and `check` are `minilora/serve.py` and
+import no torch. """
 
 import argparse
 import copy
 import itertools
+import json
 import os
 import re
 import shutil
@@ -34,11 +35,11 @@ def to_onnx(module, inputs, path, metadata):
 
     names, outputs = list(inputs), ["logits", "probabilities"]
     with warnings.catch_warnings():  # the dynamo exporter would need onnxscript; the tracer's shape warnings are meant
-        warnings.simplefilter("ignore", (DeprecationWarning))
+        warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", UserWarning)
-        torch.onnx.export(module, tuple(inputs.values()), str(path), input_names=names, output_names=outputs, opset_version=OPSET,
-                          dynamo=False, dynamic_axes={n: {0: "batch"} for n in names + outputs})
+        torch.onnx.export(module, tuple(inputs.values()), str(path), input_names=names, output_names=outputs,
+                          opset_version=OPSET, dynamo=False, dynamic_axes={n: {0: "batch"} for n in names + outputs})
     model = onnx.load(path)
     onnx.helper.set_model_props(model, metadata)
     onnx.checker.check_model(model, full_check=True)
@@ -46,7 +47,9 @@ def to_onnx(module, inputs, path, metadata):
 
 
 def diagnosis_graph(model, modalities, multilabel, row=None):
-    """A module of positional inputs -> (logits, probabilities): one pattern (`row` [M] given), or presence as last input."""
+    """A module of positional inputs -> (logits, probabilities): one pattern (`row` [M] given), or presence as last
+    input.
+    """
     import torch
 
     class Graph(torch.nn.Module):
@@ -86,7 +89,7 @@ def export_mora(run, out=None, method=None, seed=None):
     import onnx
     import torch
 
-    from minilora.mora import fold, gates
+    from minilora.mora import branch_ranks, fold, gates
 
     saved, model = load_run(run, method, seed)
     config, adapter = saved["config"], saved["adapter"]
@@ -100,7 +103,8 @@ def export_mora(run, out=None, method=None, seed=None):
         patterns = [tuple(p) for p in saved["patterns"][:16]]
     example, present = golden_inputs(config, patterns)
     golden = {k: v.numpy() for k, v in example.items()} | {"present": present.numpy()}
-    graphs, about = {}, {"kind": "mora", "method": method, "modalities": ",".join(modalities), "classes": "|".join(saved["class_names"])}
+    graphs, classes = {}, "|".join(saved["class_names"])
+    about = {"kind": "mora", "method": method, "modalities": ",".join(modalities), "classes": classes}
     try:
         for row in [*patterns, None]:
             name = "mask" if row is None else data.pattern_name(row, modalities)
@@ -121,15 +125,19 @@ def export_mora(run, out=None, method=None, seed=None):
             to_onnx(graph, inputs, work / graphs[name], about | {"pattern": name})
             print(f"{name:32s} {(work / graphs[name]).stat().st_size / 1024:8.0f} KiB", flush=True)
         data.write_atomic(work / "golden.npz", data.npz_bytes(golden))
-        manifest = {
-            "format": 1, "kind": "mora", "method": method, "seed": adapter["seed"], "modalities": modalities, "classes": saved["class_names"],
-            "multilabel": saved["multilabel"], "absent": config["absent"], "image_size": config["image_size"], "channels": config["channels"],
-            "buckets": config["buckets"], "positions": config["positions"], "tokenizer": "crc32", "ranks": branch_ranks(adapter),
-            "numeric": {m: {"columns": saved["columns"][m], "mean": mean, "scale": scale} for m, (mean, scale) in adapter["scales"].items()},
-            "graphs": graphs, "files": {p.name: data.sha256(p) for p in sorted(work.iterdir())}, "opset": OPSET, "base": saved["base_hash"],
-            "data": saved["data"], "synthetic": saved["synthetic"], "synthetic_notes": saved["synthetic_notes"],
-            "versions": {"minilora": __version__, "torch": torch.__version__, "onnx": onnx.__version__, "numpy": np.__version__}}
-        data.write_atomic(work / "manifest.json", serve_json(manifest | {"sha256": data.digest(manifest)}))
+        manifest = {"format": 1, "kind": "mora", "method": method, "seed": adapter["seed"], "modalities": modalities,
+                    "classes": saved["class_names"], "multilabel": saved["multilabel"], "absent": config["absent"],
+                    "image_size": config["image_size"], "channels": config["channels"], "buckets": config["buckets"],
+                    "positions": config["positions"], "tokenizer": "crc32", "ranks": branch_ranks(adapter["state"]),
+                    "numeric": {m: {"columns": saved["columns"][m], "mean": mean, "scale": scale} for m,
+                                (mean, scale) in adapter["scales"].items()}, "graphs": graphs,
+                    "files": {p.name: data.sha256(p) for p in sorted(work.iterdir())}, "opset": OPSET,
+                    "base": saved["base_hash"], "data": saved["data"], "synthetic": saved["synthetic"],
+                    "synthetic_notes": saved["synthetic_notes"],
+                    "versions": {"minilora": __version__, "torch": torch.__version__, "onnx": onnx.__version__,
+                                 "numpy": np.__version__}}
+        manifest["sha256"] = data.digest(manifest)
+        data.write_atomic(work / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         if serve.check(work, "cpu") > serve.TOLERANCE:
             raise Refused(f"{out}: not written, the graphs differ from torch by more than {serve.TOLERANCE:.0e}")
         if out.exists():
@@ -140,26 +148,17 @@ def export_mora(run, out=None, method=None, seed=None):
     return out
 
 
-def serve_json(value):
-    import json
-
-    return json.dumps(value, indent=1) + "\n"
-
-
-def branch_ranks(adapter):
-    """{layer: rank} of the branches in an adapter file."""
-    return {n.removesuffix(".mora.down"): t.shape[1] for n, t in adapter["state"].items() if n.endswith(".mora.down")}
-
-
 def golden_inputs(config, patterns, n=5):
-    """({modality: tensor}, presence [n,M]) drawn from a fixed seed: an exported folder must not carry patients' data."""
+    """({modality: tensor}, presence [n,M]) drawn from a fixed seed: an exported folder must not carry patients' data.
+    """
     import torch
 
     rng = np.random.default_rng(15)
     drawn = {}
     for m in config["modalities"]:
         if m == "image":
-            drawn[m] = rng.uniform(-1, 1, (n, config["channels"], config["image_size"], config["image_size"])).astype(np.float32)
+            shape = (n, config["channels"], config["image_size"], config["image_size"])
+            drawn[m] = rng.uniform(-1, 1, shape).astype(np.float32)
         elif m == "note":
             drawn[m] = rng.integers(3, config["buckets"], (n, config["positions"]))
             drawn[m][:, 0] = data.CLS
@@ -167,14 +166,16 @@ def golden_inputs(config, patterns, n=5):
         else:
             drawn[m] = rng.normal(size=(n, len(config["columns"][m]))).astype(np.float32)
             drawn[m][1, 0] = np.nan
-    return {k: torch.from_numpy(v) for k, v in drawn.items()}, torch.tensor([patterns[i % len(patterns)] for i in range(n)], dtype=torch.float32)
+    present = torch.tensor([patterns[i % len(patterns)] for i in range(n)], dtype=torch.float32)
+    return {k: torch.from_numpy(v) for k, v in drawn.items()}, present
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["predict"], ["check"]):
         return serve.main(argv)
-    parser = argparse.ArgumentParser(prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="export.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     mora = commands.add_parser("mora", help="freeze a run of train_mora.py")
     mora.add_argument("run", type=Path, help="run folder")

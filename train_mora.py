@@ -7,6 +7,8 @@ compare.
 The script reads downward. The lesson is `adapt`: zero_grad, forward, loss, backward, step, around `minilora/mora.py`.
 """
 
+import itertools
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ import tyro
 
 from minilora import checkpoint, data, metrics
 from minilora.data import Refused
-from minilora.mora import METHODS, adapter_parameters, attach, gates
+from minilora.mora import METHODS, adapter_parameters, attach, branch_ranks, gates
 from minilora.vit import ViT
 
 LR_GRID = (3e-3, 1e-2, 3e-2)  # every method's learning rate comes from here: one shared rate would favour some of them
@@ -51,7 +53,7 @@ class Config:
     # adapts.
     head: str = "trained"
     rank: int = 4  # Rank of the MoRA branch; the other adapters get as many parameters.
-    steps: int = 400  # Adaptation steps.
+    steps: int = 600  # Adaptation steps.
     batch: int = 64  # Samples per step.
     # A learning rate for all methods, or METHOD:RATE for some; default: the best of 0.003, 0.01, 0.03 on seed 0's
     # validation split.
@@ -65,7 +67,7 @@ class Config:
     buckets: int = 2048  # Hash buckets for words.
     positions: int = 0  # Word positions of a note; 0: what the longest note needs, at most 64. Longer notes are cut.
     pretrain_steps: int = 1200  # Steps of pretraining on the source, once; the base is cached under runs/base.
-    phantoms: int = 4000  # Phantoms to draw where no --data is given.
+    phantoms: int = 8000  # Phantoms to draw where no --data is given.
     device: str = "auto"  # auto, cpu, cuda or cuda:N.
     resume: bool = False  # Go on with the run in --out, or show it again if it is finished.
     dry_run: bool = False  # Print counts, parameters, memory and an estimate of time, and stop.
@@ -75,15 +77,14 @@ class Config:
 
 
 def pretrain(cfg, source, vit_config, device, path, stop):
-    """Train encoder and pooler on the source's attributes, one linear head each, complete samples only; returns the
-    state without head.
+    """Train encoder and pooler on the source's attributes, a linear reader each, complete samples only.
 
-    Cached in `path`; an interrupted pretraining goes on from `path`.last.pt.
+    Returns the state without head, cached in `path`; an interrupted pretraining goes on from its .last.pt.
     """
     if path.exists():
         return checkpoint.load(path, "base")["state"]
-    inputs = on(device, data.model_inputs(source, *input_sizes(vit_config),
-                                          numeric_scales(source, np.arange(len(source)))))
+    scales = numeric_scales(source, np.arange(len(source)))
+    inputs = on(device, data.model_inputs(source, *input_sizes(vit_config), scales))
     targets = on(device, source.attributes)
     torch.manual_seed(0)
     vit = ViT(**vit_config)
@@ -94,22 +95,21 @@ def pretrain(cfg, source, vit_config, device, path, stop):
     last, start = path.with_suffix(".last.pt"), 0
     if last.exists():
         start = restore(checkpoint.load(last, "resume"), model, optimizer, schedule)
+    rows_of = lambda step: rows_at(0, step, len(source), cfg.batch)
     progress = checkpoint.Progress("pretrain", cfg.pretrain_steps, start)
     losses = torch.zeros(cfg.pretrain_steps, device=device)
     present = torch.ones(cfg.batch, len(vit.modalities), device=device)
     for step in range(start, cfg.pretrain_steps):
-        rows = torch.from_numpy(rows_at(0, step, len(source), cfg.batch)).to(device)
+        rows = torch.from_numpy(rows_of(step)).to(device)
         optimizer.zero_grad()
         features = vit.features({m: x[rows] for m, x in inputs.items()}, present)
-        loss = sum(F.cross_entropy(reader(features), targets[k][rows], ignore_index=-1) for k,
-                   reader in readers.items())
+        loss = sum(F.cross_entropy(r(features), targets[k][rows], ignore_index=-1) for k, r in readers.items())
         loss.backward()
         optimizer.step()
         schedule.step()
         losses[step] = loss.detach()
         if progress.due(step + 1):
-            progress.show(step + 1,
-                          f"loss {last_finite(losses[start : step + 1], start, 'pretraining', lambda s: rows_at(0, s, len(source), cfg.batch)):.3f}")
+            progress.show(step + 1, f"loss {finite(losses[start : step + 1], start, 'pretraining', rows_of)[-1]:.3f}")
         if stop.code or (step + 1) % SAVE_EVERY == 0:
             checkpoint.save(last, resume_state(model, optimizer, schedule, step + 1))
         if stop.code:
@@ -121,27 +121,27 @@ def pretrain(cfg, source, vit_config, device, path, stop):
 
 
 def adapt(cfg, model, method, seed, lr, task, device, log, last, stop):
-    """Train what `attach` left trainable; returns seconds. `task`: inputs, labels, present and shuffled [N,M], train
-    rows of one seed.
-    """
+    """Train what `attach` left trainable; returns seconds. `task` is what `load_task` makes."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:  # `head` has nothing left to train once it is locked
         return 0.0
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(cfg.steps))
     job, start, began = f"{method}-s{seed}-{lr:g}", 0, time.monotonic()
+    losses = torch.zeros(cfg.steps, device=device)
     saved = checkpoint.load(last, "resume") if last.exists() else {}
     if saved.get("job") == job:
         start, began = restore(saved, model, optimizer, schedule), began - saved["seconds"]
+        losses[:start] = saved["losses"]
         log.cut(saved["log"])
     rows_of = lambda step: task["train"][rows_at(seed, step, len(task["train"]), cfg.batch)]
     progress = checkpoint.Progress(f"{method} s{seed} lr {lr:g}", cfg.steps, start)
-    losses = torch.zeros(cfg.steps, device=device)
     for step in range(start, cfg.steps):
         rows = torch.from_numpy(rows_of(step)).to(device)  # indexed by step: a resumed run draws the same
         batch, present = {m: x[rows] for m, x in task["inputs"].items()}, task["present"][rows]
         optimizer.zero_grad()
-        logits = model(batch, present, gates(method, present, task["shuffled"][rows]))  # block 0 adds sum_m present_m (x . down) . up_m
+        # block 0 is a MoRABlock: it adds the sum over the present m of (x . down) . up_m
+        logits = model(batch, present, gates(method, present, task["shuffled"][rows]))
         loss = diagnosis_loss(logits, task["labels"][rows])
         loss.backward()
         optimizer.step()
@@ -149,13 +149,13 @@ def adapt(cfg, model, method, seed, lr, task, device, log, last, stop):
         losses[step] = loss.detach()
         done = step + 1
         if done % LOG_EVERY == 0 or done == cfg.steps:
-            mean = last_finite(losses[max(0, done - LOG_EVERY) : done], max(0, done - LOG_EVERY), job, rows_of,
-                               mean=True)
+            first = max(0, done - LOG_EVERY)
+            mean = float(finite(losses[first:done], first, job, rows_of).mean())
             log.write(method=method, seed=seed, lr=lr, step=done, loss=round(mean, 6))
         if progress.due(done):
-            progress.show(done, f"loss {last_finite(losses[start:done], start, job, rows_of):.3f}")
+            progress.show(done, f"loss {finite(losses[start:done], start, job, rows_of)[-1]:.3f}")
         if stop.code or (done % SAVE_EVERY == 0 and done < cfg.steps):
-            extra = {"job": job, "seconds": time.monotonic() - began, "log": log.size}
+            extra = {"job": job, "seconds": time.monotonic() - began, "log": log.size, "losses": losses[:done].cpu()}
             checkpoint.save(last, resume_state(model, optimizer, schedule, done) | extra)
         if stop.code:
             raise checkpoint.Stopped(stop.code)
@@ -163,14 +163,12 @@ def adapt(cfg, model, method, seed, lr, task, device, log, last, stop):
 
 
 def diagnosis_loss(logits, labels):
-    """Cross-entropy for labels [B]; for several findings [B,C] binary cross-entropy over the labelled ones (-1 =
-    unlabelled).
-    """
+    """Cross-entropy for labels [B]; for findings [B,C] binary cross-entropy over the labelled (not -1)."""
     if labels.ndim == 1:
         return F.cross_entropy(logits, labels)
     known = (labels >= 0).float()
-    return (F.binary_cross_entropy_with_logits(logits, labels.clamp(min=0).float(),
-                                               reduction="none") * known).sum() / known.sum().clamp(min=1)
+    each = F.binary_cross_entropy_with_logits(logits, labels.clamp(min=0).float(), reduction="none")
+    return (each * known).sum() / known.sum().clamp(min=1)
 
 
 @torch.no_grad()
@@ -190,10 +188,8 @@ def predict(model, method, task, rows, present, shuffled):
 def warm_cosine(steps):
     """Learning-rate factor by step: up over the first tenth, then down a cosine to 0."""
     warm = max(1, steps // 10)
-    return lambda step: min((step + 1) / warm, 0.5 * (1
-                                                      + np.cos(np.pi * min(1,
-                                                                           max(0, step - warm) / max(1, steps
-                                                                                                     - warm)))))
+    through = lambda step: min(1.0, max(0, step - warm) / max(1, steps - warm))
+    return lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * through(step)))
 
 
 def rows_at(seed, step, n, batch):
@@ -206,16 +202,15 @@ def on(device, arrays):
     return {k: torch.from_numpy(np.ascontiguousarray(v)).to(device) for k, v in arrays.items()}
 
 
-def last_finite(losses, first, what, rows_of, mean=False):
-    """The last loss, or the mean, as a float; `Refused` with step and sample indices if one is NaN or infinite. Reads
-    the device once.
-    """
+def finite(losses, first, what, rows_of):
+    """The losses from step `first` on, read off the device; `Refused` with step and samples if one is not finite."""
     losses = losses.cpu()
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         step = first + int(bad[0])
-        raise Refused(f"{what}: the loss is {losses[int(bad[0])]:g} at step {step}, samples {rows_of(step).tolist()}; lower --lr or look at these samples")
-    return float(losses.mean() if mean else losses[-1])
+        raise Refused(f"{what}: the loss is {losses[int(bad[0])]:g} at step {step}, samples {rows_of(step).tolist()}; "
+                      "lower --lr or look at these samples")
+    return losses
 
 
 def resume_state(model, optimizer, schedule, step):
@@ -236,42 +231,40 @@ def restore(saved, model, optimizer, schedule):
 # ------------------------------------------------------------------------------------------------------ data and models
 
 
-def read_studies(cfg):
-    """(target, source) studies with the same modalities; the phantoms' numbers take the names of the target's."""
+def read_target(cfg):
+    """The study to adapt to, with the modalities that are asked for."""
     if cfg.data is None and cfg.synthetic_notes:
         raise Refused("--synthetic-notes is for a --data file without notes; the phantoms have reports")
     target = (data.load_study(cfg.data, cfg.synthetic_notes) if cfg.data
               else data.phantoms(cfg.phantoms, 2, "target", cfg.image_size))
     wanted = cfg.modalities or (() if cfg.data else ("image", "note"))
-    target = target.select(wanted) if wanted else target
+    return target.select(wanted) if wanted else target
+
+
+def read_source(cfg, target):
+    """The study to pretrain on, with the target's modalities; the phantoms' numbers take the names of the target's."""
     if cfg.source:
         source = data.load_study(cfg.source, cfg.synthetic_notes)
         source = source.select([m for m in target.modalities if m in source.modalities])
         if source.modalities != target.modalities:
-            raise Refused(f"{cfg.source} has {', '.join(source.modalities) or 'none'} of the target's modalities {', '.join(target.modalities)}; needs all")
+            raise Refused(f"{cfg.source} has {', '.join(source.modalities) or 'none'} of the target's modalities "
+                          f"{', '.join(target.modalities)}; needs all")
         source = source.take(source.labelled & source.have().all(1))
         source.attributes = {f"label {i}": c for i, c in enumerate(np.atleast_2d(source.labels.T))}
     else:
         source = data.phantoms(8000, 1, "source", cfg.image_size)
-        groups = list(source.numeric)
-        names = {m: groups[i % len(groups)] for i, m in enumerate(m for m in target.modalities
-                                                                  if m not in ("image", "note"))}
-        source.numeric, source.columns = ({m: getattr(source, what)[g] for m, g in names.items()}
-                                          for what in ("numeric", "columns"))
-        readable = {"kind": "image", "side": "image", "symptom": "note", "history": "note"}
-        keep = [k for k, m in readable.items() if m in target.modalities] + (["agree"]
-                                                                             if {"image",
-                                                                                 "note"} <= set(target.modalities)
-                                                                             else [])
-        source.attributes = {k: source.attributes[k] for k in keep or ["symptom", "history"]}
+        groups = dict(zip(target.numeric, itertools.cycle(source.numeric)))  # {target's name: the phantoms' name}
+        source.numeric = {m: source.numeric[g] for m, g in groups.items()}
+        source.columns = {m: source.columns[g] for m, g in groups.items()}
         source = source.select(target.modalities)
-    return target, source
+        image, note = ({"image", "note"} & {m} <= set(target.modalities) for m in ("image", "note"))
+        readable = ["kind", "side"] * image + ["symptom", "history"] * (note or not image) + ["agree"] * (image * note)
+        source.attributes = {k: source.attributes[k] for k in readable}
+    return source
 
 
 def vit_sizes(cfg, target, source):
-    """The keyword arguments of `ViT` that the base is pretrained with: the source's columns; classes do not matter to
-    it.
-    """
+    """The keyword arguments of the `ViT` that is pretrained: the source's columns, and a head that nobody uses."""
     positions = cfg.positions
     if not positions and "note" in target.modalities:
         longest = max(len(data.words_of(n)) for study in (target, source) for n in study.notes)
@@ -301,7 +294,8 @@ def draw_task(cfg, study, seed):
     """Split, missing tables and scales of one seed, shared by all methods: numpy, as stored in split-sN.npz."""
     parts = data.split(study, seed)
     have, order = study.have(), np.random.default_rng((seed, 14)).permutation(len(study))
-    tables = {text: data.missing_table(have, study.modalities, text, seed) for text in {cfg.missing, *tests_of(cfg)}}
+    tables = {text: data.missing_table(have, study.modalities, text, seed)
+              for text in dict.fromkeys((cfg.missing, *tests_of(cfg)))}
     return {"parts": parts, "tables": tables, "order": order, "scales": numeric_scales(study, parts["train"])}
 
 
@@ -310,11 +304,11 @@ def tests_of(cfg):
     return list(dict.fromkeys(cfg.test_missing or (cfg.missing,)))
 
 
-def load_task(cfg, study, drawn, vit_config, device):
+def load_task(study, drawn, missing, vit_config, device):
     """The tensors of one seed, on the device."""
     inputs = on(device, data.model_inputs(study, *input_sizes(vit_config), drawn["scales"]))
     tables = {k: torch.from_numpy(v.astype(np.float32)).to(device) for k, v in drawn["tables"].items()}
-    present = tables[cfg.missing]
+    present = tables[missing]
     return {"inputs": inputs, "labels": torch.from_numpy(study.labels).to(device), "train": drawn["parts"]["train"],
             "present": present, "shuffled": present[drawn["order"]], "tables": tables}
 
@@ -332,6 +326,14 @@ def build(vit_config, base, method, rank, seed, state=None):
     return model
 
 
+def count(model):
+    """Parameters that a method adds, that train, and in all."""
+    everything = list(model.parameters())
+    return {"adapter_params": sum(p.numel() for p in adapter_parameters(model).values()),
+            "trainable_params": sum(p.numel() for p in everything if p.requires_grad),
+            "total_params": sum(p.numel() for p in everything)}
+
+
 # ---------------------------------------------------------------------------------------------------------------- a job
 
 
@@ -341,7 +343,7 @@ def run_job(cfg, ctx, method, seed, lr, path):
         return checkpoint.load(path, "mora adapter")
     device, study, drawn = ctx["device"], ctx["study"], ctx["drawn"][seed]
     if ctx.get("task_seed") != seed:  # one seed's tensors at a time
-        ctx.update(task=load_task(cfg, study, drawn, ctx["vit"], device), task_seed=seed)
+        ctx.update(task=load_task(study, drawn, cfg.missing, ctx["vit"], device), task_seed=seed)
     task = ctx["task"]
     model = build(ctx["vit"], ctx["base"], method, cfg.rank, seed)
     if cfg.head == "locked" and method != "head":
@@ -350,9 +352,6 @@ def run_job(cfg, ctx, method, seed, lr, path):
         model.pooler.requires_grad_(False)
         model.head.requires_grad_(False)
     model.to(device)
-    counts = {"adapter_params": sum(p.numel() for p in adapter_parameters(model).values()),
-              "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
-              "total_params": sum(p.numel() for p in model.parameters())}
     seconds = adapt(cfg, model, method, seed, lr, task, device, ctx["log"], cfg.out / "last.pt", ctx["stop"])
     labels, result = study.labels, {"by_test": {}}
     val = drawn["parts"]["val"]
@@ -369,8 +368,8 @@ def run_job(cfg, ctx, method, seed, lr, path):
         result["by_test"][text] = metrics.scores(labels[rows], p) | {"by_pattern": patterns}
     keep = {n for n, p in model.named_parameters() if p.requires_grad or n.startswith(("pooler.", "head."))}
     content = {"format": 1, "kind": "mora adapter", "method": method, "seed": seed, "lr": lr, "rank": cfg.rank,
-               "counts": counts, "result": result, "state": {n: p.detach().cpu() for n, p in model.named_parameters()
-                                                             if n in keep},
+               "counts": count(model), "result": result,
+               "state": {n: p.detach().cpu() for n, p in model.named_parameters() if n in keep},
                "scales": {m: [s.tolist() for s in pair] for m, pair in drawn["scales"].items()}}
     timings = checkpoint.read_json(cfg.out / "timings.json", {})
     checkpoint.write_json(cfg.out / "timings.json", timings | {f"{method}-s{seed}-{lr:g}": round(seconds, 3)})
@@ -380,8 +379,9 @@ def run_job(cfg, ctx, method, seed, lr, path):
 
 
 def pick_rate(cfg, ctx, method, given):
-    """(learning rate, {rate: validation macro-F1}): as given, or the best of the grid on seed 0's validation split. The
-    winner's run is seed 0's.
+    """(learning rate, {rate: validation macro-F1}): as given, or the best of the grid on seed 0's validation split.
+
+    The winner's run is seed 0's run: it is not trained again.
     """
     if method in given or "" in given:
         return given.get(method, given.get("")), {}
@@ -390,7 +390,8 @@ def pick_rate(cfg, ctx, method, given):
     best = max(found, key=found.get)
     if not (cfg.out / f"adapters/{method}-s0.pt").exists():
         checkpoint.save(cfg.out / f"adapters/{method}-s0.pt", tried[best])
-    print(f"{method}: learning rate {best:g}, picked on seed 0's validation split (macro-F1 {', '.join(f'{lr:g}: {v:.3f}' for lr, v in found.items())})")
+    tries = ", ".join(f"{lr:g}: {v:.3f}" for lr, v in found.items())
+    print(f"{method}: learning rate {best:g}, picked on seed 0's validation split (macro-F1 {tries})")
     return best, found
 
 
@@ -401,121 +402,109 @@ def collect(cfg, study, results, picked):
     """The content of metrics.json from {method: [content per seed]}."""
     methods = {}
     for method, runs in results.items():
-        per_seed = lambda get, runs=runs: [get(r) for r in runs]
         tests = {}
         for text in tests_of(cfg):
             rows = [r["result"]["by_test"][text] for r in runs]
-            tests[text] = {k: [r[k] for r in rows] for k in ("macro_f1", "auroc", "accuracy")}
-            names = sorted({n for r in rows for n in r["by_pattern"]})
-            tests[text]["by_pattern"] = {n: {k: [r["by_pattern"].get(n, {"n": 0, "accuracy": None})[k] for r in rows]
-                                             for k in ("n", "accuracy")} for n in names}
-        first = tests[tests_of(cfg)[0]]
-        methods[method] = {k: first[k] for k in ("macro_f1", "auroc",
-                                                 "accuracy")} | {"val_macro_f1": per_seed(lambda r: r["result"]["val"]["macro_f1"]), "lr": picked[method][0], "lr_grid": {f"{k:g}": v for k, v in picked[method][1].items()}, "adapter_params": per_seed(lambda r: r["counts"]["adapter_params"]), "trainable_params": per_seed(lambda r: r["counts"]["trainable_params"]), "total_params": per_seed(lambda r: r["counts"]["total_params"]), "ranks": per_seed(branch_ranks), "by_test": tests}
+            tests[text] = {k: [r[k] for r in rows] for k in ("macro_f1", "auroc", "accuracy")} | {"by_pattern": {}}
+            for name in sorted({n for r in rows for n in r["by_pattern"]}):
+                found = [r["by_pattern"].get(name, {"n": 0, "accuracy": None}) for r in rows]
+                tests[text]["by_pattern"][name] = {k: [f[k] for f in found] for k in ("n", "accuracy")}
+        lr, tried = picked[method]
+        methods[method] = {k: v for k, v in tests[tests_of(cfg)[0]].items() if k != "by_pattern"}
+        methods[method] |= {k: [r["counts"][k] for r in runs] for k in runs[0]["counts"]}
+        methods[method] |= {"val_macro_f1": [r["result"]["val"]["macro_f1"] for r in runs], "lr": lr,
+                            "lr_grid": {f"{k:g}": v for k, v in tried.items()},
+                            "ranks": [branch_ranks(r["state"]) for r in runs], "by_test": tests}
     return {"format": 1, "kind": "mora", "data": study.name, "synthetic": study.synthetic,
             "synthetic_notes": study.synthetic_notes, "absent": cfg.absent, "head": cfg.head, "missing": cfg.missing,
             "seeds": list(range(cfg.seeds)), "methods": methods}
 
 
-def branch_ranks(content):
-    """{layer: rank} of the branches in an adapter file."""
-    return {n.removesuffix(".mora.down"): t.shape[1] for n, t in content["state"].items() if n.endswith(".mora.down")}
+def origin(report):
+    """How far the numbers are about anything real."""
+    return "synthetic data" if report["synthetic"] else "synthetic notes" if report["synthetic_notes"] else "real data"
 
 
 def table(report, timings):
-    """The comparison as text: one block per test row; mean ± spread (standard deviation over seeds) and each seed's
-    difference to head-only.
-    """
+    """The comparison as text, a block per test row: mean ± standard deviation over seeds, differences per seed."""
     lines, methods = [], report["methods"]
-    notes = "synthetic data" if report["synthetic"] else "synthetic notes" if report["synthetic_notes"] else "real data"
-    show = lambda v: f"{np.mean(v):.3f}" + (f" ±{np.std(v):.3f}" if len(v) > 1 else "") if None not in v else "-"
+    show = lambda v: (f"{np.mean(v):.3f}" + f"±{np.std(v):.3f}" * (len(v) > 1)) if None not in v else "-"
     for text in next(iter(methods.values()))["by_test"]:
-        patterns = methods[next(iter(methods))]["by_test"][text]["by_pattern"]
-        lines += ["",
-                  f"{report['data']} ({notes}); trained with {report['missing']}, tested with {text}; absent: {report['absent']}; head {report['head']}; " f"{len(report['seeds'])} seed{'s' * (len(report['seeds']) > 1)}", f"{'method':14s}{'macro-F1':>14s}{'AUROC':>14s}  {'accuracy by what is present: ' + ', '.join(patterns)}"]
-        width = max(34, 7 * len(patterns) + 2)
-        lines[-1] = (lines[-1].ljust(44 + width)
-                     + f"{'adapter':>9s}{'trainable':>11s}{'lr':>8s}{'seconds':>9s}  macro-F1 minus head's, per seed")
+        blocks = {name: m["by_test"][text] for name, m in methods.items()}
+        patterns = next(iter(blocks.values()))["by_pattern"]
+        head = f"{'method':14s}{'macro-F1':>12s}{'AUROC':>12s}  accuracy with"
+        head += "".join(f" {p:>7s}" for p in patterns) + f"{'adapter':>9s}{'trainable':>11s}{'lr':>7s}{'seconds':>9s}"
+        lines += ["", f"{report['data']}, {origin(report)}: trained with {report['missing']} missing, tested with "
+                      f"{text}; "
+                      f"absent: {report['absent']}; head: {report['head']}; seeds: {len(report['seeds'])}",
+                  head + "  macro-F1 minus head's, per seed" * ("head" in blocks)]
         for name, m in methods.items():
-            t = m["by_test"][text]
-            accuracy = "".join(f"{np.mean([a for a in t['by_pattern'][p]['accuracy'] if a is not None]):7.3f}"
-                               if p in t["by_pattern"] else "      -" for p in patterns)
-            seconds = [timings.get(f"{name}-s{s}-{m['lr']:g}") for s in report["seeds"]]
-            base = methods.get("head", {"by_test": {text: t}})["by_test"][text]["macro_f1"]
-            gain = (" ".join(f"{a - b:+.3f}" for a, b in zip(t["macro_f1"], base)) if "head" in methods
-                    and name != "head" else "")
-            lines.append(f"{name:14s}{show(t['macro_f1']):>14s}{show(t['auroc']):>14s} {accuracy}".ljust(44 + width)
-                         + f"{m['adapter_params'][0]:9,d}{m['trainable_params'][0]:11,d}"
-                         f"{m['lr']:8g}{np.mean([s for s in seconds if s is not None] or [np.nan]):9.1f}  {gain}")
-    return "\n".join(lines + ["", *conclusion(report)])
+            block = blocks[name]
+            line = f"{name:14s}{show(block['macro_f1']):>12s}{show(block['auroc']):>12s}{'':15s}"
+            for p in patterns:
+                known = [a for a in block["by_pattern"].get(p, {"accuracy": []})["accuracy"] if a is not None]
+                line += f" {np.mean(known):{max(7, len(p))}.3f}" if known else " " + "-".rjust(max(7, len(p)))
+            seconds = [timings.get(f"{name}-s{s}-{m['lr']:g}", 0.0) for s in report["seeds"]]
+            line += f"{m['adapter_params'][0]:9,d}{m['trainable_params'][0]:11,d}{m['lr']:7g}{np.mean(seconds):9.1f}  "
+            if "head" in blocks and name != "head":
+                line += " ".join(f"{a - b:+.3f}" for a, b in zip(block["macro_f1"], blocks["head"]["macro_f1"]))
+            lines.append(line.rstrip())
+    return "\n".join([*lines, "", *conclusion(report)])
 
 
 def conclusion(report):
-    """Sentences computed from the numbers of the first test row: what adapting gains, and whether awareness of the
-    modality does.
-    """
+    """Sentences computed from the first test row: what adapting gains, and whether knowing the pattern does."""
     f1s = {k: np.array(m["macro_f1"]) for k, m in report["methods"].items()}
     seeds, said = len(report["seeds"]), []
-
-    def against(a, b):
-        d = f1s[a] - f1s[b]
-        return (d,
-                f"{'one seed' if seeds == 1 else f'{int((d > 0).sum())} of {seeds} seeds, mean'} {d.mean():+.3f} macro-F1")
-
-    if "mora" in f1s and "head" in f1s:
-        d, words = against("mora", "head")
-        said.append(f"Adapting with MoRA {'beats' if (d > 0).all() else 'does not reliably beat'} head-only ({words}).")
-    for control, what in (("lora", "the plain branch of as many parameters"), ("mora-open", "MoRA with all gates open"),
-                          ("mora-shuffled", "MoRA told another sample's pattern")):
-        if "mora" in f1s and control in f1s:
-            d, words = against("mora", control)
-            said.append(f"MoRA {'beats' if (d > 0).all() else 'does NOT beat'} {control}, {what} ({words}).")
-    if "mora" in f1s and "full" in f1s:
-        said.append(f"Full fine-tuning minus MoRA: {against('full', 'mora')[1]}.")
+    against = {"head": "head-only", "lora": "lora, the plain branch of as many parameters",
+               "mora-open": "mora-open, which is told that all is present",
+               "mora-shuffled": "mora-shuffled, which is told another sample's pattern", "full": "full fine-tuning"}
+    for other, what in against.items():
+        if "mora" in f1s and other in f1s:
+            d = f1s["mora"] - f1s[other]
+            verdict = "beats" if (d > 0).all() else "does NOT beat" if d.mean() <= 0 else "does NOT reliably beat"
+            wins = "one seed" if seeds == 1 else f"{int((d > 0).sum())} of {seeds} seeds, mean"
+            said.append(f"MoRA {verdict} {what} ({wins} {d.mean():+.3f} macro-F1).")
     if seeds == 1:
         said.append("One seed: an illustration, not evidence.")
     if report["synthetic_notes"]:
-        said.append("The notes are synthetic notes, made from the labels: these numbers say nothing about real reports.")
+        said.append("The notes are synthetic notes, made from the labels: this says nothing about real reports.")
     return said
 
 
 def figure(report, path):
-    """Macro-F1 per method, each seed a dot; with several test rows a line per method. Returns whether matplotlib was
-    there.
-    """
+    """Macro-F1 per method, each seed a dot; with several test rows a line per method, banded from seed to seed."""
     try:
         import matplotlib
     except ImportError:
-        print(f"no figure: pip install 'minilora[pictures]' draws {path.name}")
-        return
+        return print(f"no figure: pip install 'minilora[pictures]' draws {path.name}")
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    methods, fig = report["methods"], plt.figure(figsize=(6.4, 3.8), dpi=120)
-    ax = fig.add_subplot()
-    tests = list(next(iter(methods.values()))["by_test"])
+    methods = report["methods"]
+    rate = lambda text: (text.partition(":")[0], float(text.partition(":")[2]))
+    tests = sorted(next(iter(methods.values()))["by_test"], key=rate)
+    fig, ax = plt.subplots(figsize=(6.4, 3.8), dpi=120)
     for i, (name, m) in enumerate(methods.items()):
         values = np.array([m["by_test"][t]["macro_f1"] for t in tests])  # [tests, seeds]
-        style = dict(color=f"C{i}", zorder=3)
         if len(tests) > 1:
-            ax.plot(tests, values.mean(1), marker="o", label=name, **style)
+            ax.plot(tests, values.mean(1), marker="o", color=f"C{i}", label=name)
             ax.fill_between(tests, values.min(1), values.max(1), color=f"C{i}", alpha=0.15, lw=0)
         else:
             ax.bar(i, values.mean(), color=f"C{i}", alpha=0.35, width=0.7)
-            ax.plot([i] * values.shape[1], values[0], "o", ms=5, **style)
+            ax.plot([i] * values.shape[1], values[0], "o", ms=5, color=f"C{i}")
     if len(tests) > 1:
         ax.legend(fontsize=8)
-        ax.set_xlabel("missing at test time (band: lowest to highest seed)")
+        ax.set_xlabel("missing at test time")
     else:
         ax.set_xticks(range(len(methods)), list(methods), rotation=20)
         ax.set_ylim(bottom=max(0, min(min(m["macro_f1"]) for m in methods.values()) - 0.1))
-    kind = "synthetic data" if report["synthetic"] else "synthetic notes" if report["synthetic_notes"] else "real data"
-    ax.set(ylabel="macro-F1 on the test split",
-           title=f"{report['data']} ({kind}), trained with {report['missing']}, {len(report['seeds'])} seed(s)")
-    ax.title.set_fontsize(9)
+    ax.set_ylabel("macro-F1 on the test split")
+    ax.set_title(f"{report['data']}, {origin(report)}; trained with {report['missing']} missing; "
+                 f"{len(report['seeds'])} seed(s)", fontsize=9)
     ax.grid(axis="y", alpha=0.3)
     fig.tight_layout()
-    fig.savefig(path, metadata={"Software": None})
+    fig.savefig(path)
     plt.close(fig)
     print(f"figure: {path}")
 
@@ -523,23 +512,29 @@ def figure(report, path):
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
-def check(cfg, study):
-    """Refuse what cannot be run before anything is written; returns ({method or '': lr}, (kept method, seed))."""
+def check(cfg):
+    """Refuse what cannot be run, before data is read; returns ({method or '': lr}, (kept method, seed))."""
     for method in cfg.methods:
         if method not in METHODS:
             raise Refused(f"method '{method}' is not known; use {', '.join(METHODS)}")
-    if cfg.head not in ("trained", "locked") or cfg.absent not in ("mask", "dummy"):
-        raise Refused(f"--head '{cfg.head}' must be trained or locked, --absent '{cfg.absent}' must be mask or dummy")
+    if not cfg.methods or len(set(cfg.methods)) < len(cfg.methods):
+        raise Refused(f"--methods '{' '.join(cfg.methods)}' must name at least one method, none twice")
+    if cfg.head not in ("trained", "locked"):
+        raise Refused(f"--head '{cfg.head}' is not known; use trained or locked")
     if cfg.head == "locked" and cfg.methods[0] != "head":
-        raise Refused(f"--head locked trains the head by method 'head' first; --methods must begin with head, not {cfg.methods[0]}")
+        raise Refused(f"--head locked takes the head that method 'head' trained: name it first, before "
+                      f"{cfg.methods[0]}")
     for name in ("seeds", "rank", "steps", "batch", "patch", "width", "depth", "heads", "image_size", "pretrain_steps",
                  "phantoms"):
         if getattr(cfg, name) < 1:
             raise Refused(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; must be at least 1")
     if cfg.buckets < 16 or cfg.positions < 0 or cfg.positions == 1:
         raise Refused(f"--buckets {cfg.buckets} must be at least 16 and --positions {cfg.positions} 0 or at least 2")
-    for text in (cfg.missing, *cfg.test_missing):
-        data.parse_missing(text, study.modalities)
+    try:
+        ViT(("image",), image_size=cfg.image_size, patch=cfg.patch, width=cfg.width, depth=1, heads=cfg.heads,
+            absent=cfg.absent)
+    except ValueError as error:  # sizes that do not fit together
+        raise Refused(str(error)) from None
     rates = {}
     for text in cfg.lr:
         method, _, rate = text.rpartition(":")
@@ -553,7 +548,8 @@ def check(cfg, study):
     if cfg.keep == "mora:0" and "mora" not in cfg.methods:
         method = cfg.methods[-1]
     if method not in cfg.methods or not seed.isdigit() or int(seed) >= cfg.seeds:
-        raise Refused(f"--keep '{cfg.keep}' must be METHOD:SEED of this run: {', '.join(cfg.methods)}, seed below {cfg.seeds}")
+        raise Refused(f"--keep '{cfg.keep}' must be METHOD:SEED of this run: {', '.join(cfg.methods)}; "
+                      f"0..{cfg.seeds - 1}")
     return rates, (method, int(seed))
 
 
@@ -561,7 +557,8 @@ def describe(study, drawn):
     """What the run works on, in lines."""
     notes = " with synthetic notes" if study.synthetic_notes else ", synthetic" if study.synthetic else ""
     unlabelled = int((~study.labelled).sum())
-    yield (f"{study.name}{notes}: {len(study)} samples, {', '.join(study.modalities)}; classes {', '.join(study.class_names)}" + (f"; {unlabelled} unlabelled, left out" if unlabelled else ""))
+    yield (f"{study.name}{notes}: {len(study)} samples ({unlabelled} unlabelled, left out); "
+           f"{', '.join(study.modalities)}; classes {', '.join(study.class_names)}")
     for seed, d in drawn.items():
         yield f"seed {seed}: " + ", ".join(f"{k} {len(v)}" for k, v in d["parts"].items())
         for text, present in d["tables"].items():
@@ -570,36 +567,35 @@ def describe(study, drawn):
 
 
 def dry_run(cfg, study, vit_config, drawn, device, rates):
-    """Counts, parameters, memory and an estimate of time, from three timed steps per method."""
-    cfg_steps, total = cfg.steps, 0.0
-    task = load_task(cfg, study, drawn[0], vit_config, device)
+    """Print parameters, memory and an estimate of time from three timed steps per method."""
+    task, total = load_task(study, drawn[0], cfg.missing, vit_config, device), 0.0
     base = {k: v for k, v in ViT(**vit_config).state_dict().items() if not k.startswith("head.")}
     for method in cfg.methods:
         model = build(vit_config, base, method, cfg.rank, 0).to(device)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        times = []
+        optimizer, times = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), []
         for step in range(4):
-            began, rows = (time.monotonic(), torch.from_numpy(task["train"][rows_at(0, step, len(task["train"]),
-                                                                                    cfg.batch)]).to(device))
-            optimizer.zero_grad()
+            began = time.monotonic()
+            rows = torch.from_numpy(task["train"][rows_at(0, step, len(task["train"]), cfg.batch)]).to(device)
             present = task["present"][rows]
-            diagnosis_loss(model({m: x[rows] for m, x in task["inputs"].items()}, present,
-                                 gates(method, present, present)), task["labels"][rows]).backward()
+            optimizer.zero_grad()
+            logits = model({m: x[rows] for m, x in task["inputs"].items()}, present, gates(method, present, present))
+            diagnosis_loss(logits, task["labels"][rows]).item()
+            diagnosis_loss(logits, task["labels"][rows]).backward()
             optimizer.step()
             times.append(time.monotonic() - began)
-        runs = cfg.seeds if method in rates or "" in rates else cfg.seeds - 1 + len(LR_GRID)
-        total += (each := float(np.median(times[1:]))) * cfg_steps * runs
-        trainable, everything = (sum(p.numel() for p in model.parameters() if p.requires_grad or a)
-                                 for a in (False, True))
-        adapter = sum(p.numel() for p in adapter_parameters(model).values())
-        print(f"{method:14s} adapter {adapter:,}, trainable {trainable:,} of {everything:,} ({trainable / everything:.2%}); {each * 1e3:.0f} ms a step, {runs} runs")
+        runs = cfg.seeds + (0 if method in rates or "" in rates else len(LR_GRID) - 1)
+        each = float(np.median(times[1:]))
+        total += each * cfg.steps * runs
+        c = count(model)
+        print(f"{method:14s} adapter {c['adapter_params']:,}, trainable {c['trainable_params']:,} of "
+              f"{c['total_params']:,} ({c['trainable_params'] / c['total_params']:.2%}); "
+              f"{each * 1e3:.0f} ms a step, {runs} runs of {cfg.steps} steps")
     held = sum(x.element_size() * x.numel() for x in task["inputs"].values())
-    tokens = task["inputs"]["note"].shape[1] if "note" in task["inputs"] else 0
-    tokens += (1 + (cfg.image_size // cfg.patch) ** 2 * ("image" in study.modalities)
-               + sum(map(len, study.columns.values())))
+    tokens = int(model.embed({m: x[:1] for m, x in task["inputs"].items()})[0].shape[1])
     step_bytes = 4 * cfg.batch * cfg.depth * tokens * (18 * cfg.width + 3 * cfg.heads * tokens)
-    print(f"memory: data {held / 2**20:.0f} MiB, weights {4 * everything / 2**20:.1f} MiB, about {step_bytes / 2**20:.0f} MiB for a step's activations")
-    print(f"time: about {total / 60:.1f} min on {device} for adapting, and pretraining where the base is not cached")
+    print(f"memory: data {held / 2**20:.0f} MiB, weights {4 * c['total_params'] / 2**20:.1f} MiB, "
+          f"about {step_bytes / 2**20:.0f} MiB for the activations of a step")
+    print(f"time: about {total / 60:.1f} min on {device}, and pretraining if no base is cached")
 
 
 def main(argv=None):
@@ -615,66 +611,58 @@ def main(argv=None):
 
 def run(cfg, stop):
     device = checkpoint.pick_device(cfg.device)
-    study, source = read_studies(cfg)
-    rates, kept = check(cfg, study)
+    rates, kept = check(cfg)
+    study = read_target(cfg)
+    for text in (cfg.missing, *cfg.test_missing):
+        data.parse_missing(text, study.modalities)
+    source = read_source(cfg, study)
     base_config = vit_sizes(cfg, study, source)
     vit_config = base_config | {"classes": len(study.class_names), "columns": column_ids(study, cfg.buckets),
                                 "absent": cfg.absent}
-    try:
-        ViT(**vit_config)
-    except ValueError as error:
-        raise Refused(str(error)) from None
     drawn = {seed: draw_task(cfg, study, seed) for seed in range(cfg.seeds)}
     print(*describe(study, drawn), sep="\n")
     if cfg.dry_run:
         return dry_run(cfg, study, vit_config, drawn, device, rates)
 
-    identity = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(cfg).items()
-                if k not in ("out", "resume", "dry_run", "device")}
-    for key in ("data", "source"):  # a run belongs to the content of its files, not to their place
-        identity[key] = ({"name": getattr(cfg, key).name, "sha256": data.sha256(getattr(cfg, key))} if getattr(cfg, key)
-                         else None)
+    identity = {k: str(v) for k, v in asdict(cfg).items() if k not in ("out", "resume", "dry_run", "device")}
+    for key, path in (("data", cfg.data), ("source", cfg.source)):  # a run belongs to its files' content, not place
+        identity[key] = {"name": path.name, "sha256": data.sha256(path)} if path else None
     checkpoint.open_run(cfg.out, identity, cfg.resume)
     for seed, d in drawn.items():
-        arrays = (d["parts"] | {f"present {k}": v for k, v in d["tables"].items()}
-                  | {"modalities": np.array(study.modalities)})
+        arrays = {"modalities": np.array(study.modalities), **d["parts"]}
+        arrays |= {f"present {text}": present for text, present in d["tables"].items()}
         data.write_atomic(cfg.out / f"split-s{seed}.npz", data.npz_bytes(arrays))
+    if study.synthetic:  # a file for `export.py predict --data`
+        data.save_study(cfg.out / "phantoms.npz", study)
 
-    base_hash = data.digest({"vit": base_config, "source": identity["source"] or "phantoms 8000",
+    base_hash = data.digest({"vit": base_config, "source": identity["source"] or source.name, "samples": len(source),
                              "attributes": sorted(source.attributes), "steps": cfg.pretrain_steps, "batch": cfg.batch,
-                             "synthetic_notes": source.synthetic_notes})[:16]
-    base_path = Path("runs/base") / f"vit-{base_hash}.pt"
-    base = pretrain(cfg, source, base_config, device, base_path, stop)
+                             "synthetic notes": source.synthetic_notes})[:16]
+    base = pretrain(cfg, source, base_config, device, Path(f"runs/base/vit-{base_hash}.pt"), stop)
     ctx = {"device": device, "study": study, "drawn": drawn, "vit": vit_config, "base": base, "stop": stop,
            "log": checkpoint.Log(cfg.out / "log.jsonl")}
-    picked, results = {}, {}
-    for method in cfg.methods:
-        picked[method] = pick_rate(cfg, ctx, method, rates)
-        results[method] = []
-    for seed in range(cfg.seeds):  # seed by seed: the first complete comparison is there early
+    picked, results = {}, {method: [] for method in cfg.methods}
+    for seed in range(cfg.seeds):  # seed by seed: the first whole comparison is there early
         for method in cfg.methods:
-            results[method].append(run_job(cfg, ctx, method, seed, picked[method][0],
-                                           cfg.out / f"adapters/{method}-s{seed}.pt"))
+            if seed == 0:
+                picked[method] = pick_rate(cfg, ctx, method, rates)
+            path = cfg.out / f"adapters/{method}-s{seed}.pt"
+            results[method].append(run_job(cfg, ctx, method, seed, picked[method][0], path))
 
     method, seed = kept
-    model = {"format": 1, "kind": "mora", "config": vit_config | {"modalities": list(study.modalities)}, "base": base,
-             "base_hash": base_hash, "class_names": study.class_names, "multilabel": study.multilabel,
-             "columns": study.columns, "data": identity["data"] or study.name, "synthetic": study.synthetic,
-             "synthetic_notes": study.synthetic_notes, "patterns": seen_patterns(drawn, cfg),
-             "adapter": results[method][seed]}
-    checkpoint.save(cfg.out / "model.pt", model)
+    seen = np.concatenate([d["tables"][cfg.missing][d["parts"]["train"]] for d in drawn.values()])
+    patterns, counts = np.unique(seen, axis=0, return_counts=True)
+    checkpoint.save(cfg.out / "model.pt", {
+        "format": 1, "kind": "mora", "config": vit_config, "base": base, "base_hash": base_hash,
+        "class_names": study.class_names, "multilabel": study.multilabel, "columns": study.columns,
+        "data": identity["data"] or study.name, "synthetic": study.synthetic, "synthetic_notes": study.synthetic_notes,
+        "patterns": patterns[np.argsort(-counts, kind="stable")].astype(int).tolist(),  # of training, frequent first
+        "adapter": results[method][seed]})
     report = collect(cfg, study, results, picked)
     checkpoint.write_json(cfg.out / "metrics.json", report)
     print(table(report, checkpoint.read_json(cfg.out / "timings.json", {})))
     figure(report, cfg.out / "macro_f1.png")
     print(f"run folder: {cfg.out}; export {method}, seed {seed}, with: python export.py mora {cfg.out}")
-
-
-def seen_patterns(drawn, cfg):
-    """The presence rows of the training splits, most frequent first."""
-    rows, counts = np.unique(np.concatenate([d["tables"][cfg.missing][d["parts"]["train"]] for d in drawn.values()]),
-                             axis=0, return_counts=True)
-    return rows[np.argsort(-counts, kind="stable")].astype(int).tolist()
 
 
 if __name__ == "__main__":

@@ -17,12 +17,23 @@ import torch
 from minilora.data import Refused, write_atomic
 
 
+def _canonical(value):
+    """A copy without shared objects: pickle writes two equal strings or dicts otherwise if they are one object."""
+    if isinstance(value, dict):
+        return {_canonical(k): _canonical(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_canonical(v) for v in value)
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().clone()
+    return sys.intern(value) if type(value) is str else value
+
+
 def save(path, content):
     """Write tensors and plain values atomically. Equal content gives equal bytes (torch.save to a path would store the
     file's name).
     """
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(_canonical(content), buffer)
     write_atomic(path, buffer.getvalue())
 
 
@@ -42,7 +53,8 @@ def load(path, kind=None):
     except Refused:
         raise
     except Exception as error:  # zip and pickle errors come as many types, all of which mean the same here
-        raise Refused(f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        reason = (str(error).splitlines() or [""])[0].split(". This file can")[0]
+        raise Refused(f"{path}: not a readable checkpoint ({type(error).__name__}: {reason})") from None
     if kind and (not isinstance(content, dict) or content.get("kind") != kind or content.get("format") != 1):
         found = content.get("kind") if isinstance(content, dict) else type(content).__name__
         raise Refused(f"{path}: holds '{found}', not a '{kind}' of format 1")
@@ -74,7 +86,8 @@ def open_run(folder, config, resume):
     config = json.loads(json.dumps(config))
     if there is not None and there != config:
         keys = [k for k in {**config, **there} if config.get(k) != there.get(k)]
-        raise Refused(f"{folder} holds a run of another configuration ({', '.join(f'{k} {there.get(k)} there, {config.get(k)} here' for k in keys[:3])}); " "choose another --out")
+        differs = ", ".join(f"{k} {there.get(k)} there, {config.get(k)} here" for k in keys[:3])
+        raise Refused(f"{folder} holds a run of another configuration ({differs}); choose another --out")
     if there is not None and not resume:
         raise Refused(f"{folder} holds this run already; go on with --resume, or choose another --out")
     if there is None:
@@ -114,7 +127,7 @@ class Log:
 
 
 class Progress:
-    """One line: step of steps, what happens, rate and time left. In place on a terminal, else a line every 10 seconds."""
+    """One line: step of steps, what happens, rate and time left. In place on a terminal, else every 10 seconds."""
 
     def __init__(self, name, steps, start=0):
         self.name, self.steps, self.start, self.began, self.shown = name, steps, start, time.monotonic(), 0.0

@@ -50,7 +50,8 @@ def write_atomic(path, content):
     """Write bytes or str so that `path` holds either its old content or all of the new, also after a power cut."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: os.replace is atomic only within a file system
+    # in the same folder: os.replace is atomic only within a file system
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as f:
             f.write(content.encode() if isinstance(content, str) else content)
@@ -186,7 +187,8 @@ def load_study(path, synthetic_notes=False):
         for what in ("images", "labels"):
             parts = [z[f"{p}_{what}"] for p in ("train", "val", "test")]
             if len({p.shape[1:] for p in parts}) > 1:
-                raise Refused(f"{path}: the {what} of the parts differ in shape: {', '.join(str(p.shape) for p in parts)}")
+                raise Refused(f"{path}: the {what} of the parts differ in shape: "
+                              f"{', '.join(str(p.shape) for p in parts)}")
             z[what] = np.concatenate(parts)
         z["labels"] = z["labels"][:, 0] if z["labels"].ndim == 2 and z["labels"].shape[1] == 1 else z["labels"]
         z = {"images": z["images"], "labels": z["labels"]}
@@ -234,7 +236,8 @@ def _checked(study, need_every_sample=True):
         raise Refused(f"notes are {study.notes.dtype} {list(study.notes.shape)}; need strings [N]")
     for k, v in study.numeric.items():
         if v.dtype.kind != "f" or v.ndim != 2 or v.shape[1] != len(study.columns[k]):
-            raise Refused(f"'{k}' is {v.dtype} {list(v.shape)}; need floats [N,{len(study.columns[k])}], one column per name")
+            raise Refused(f"'{k}' is {v.dtype} {list(v.shape)}; need floats [N,{len(study.columns[k])}], one column "
+                          "per name")
         if np.isinf(v).any():
             raise Refused(f"'{k}' is infinite in row {int(np.isinf(v).any(1).argmax())}; use NaN for a missing value")
         study.numeric[k] = v.astype(np.float32)
@@ -253,9 +256,11 @@ def _checked(study, need_every_sample=True):
         if flat:
             raise Refused(f"finding '{flat[0]}' never varies; every finding needs both 0 and 1")
     elif len(set(seen)) < 2:
-        raise Refused(f"labels hold one class only ({study.class_names[seen[0]] if len(seen) else 'none labelled'}); need two or more")
+        raise Refused(f"labels hold one class only ({study.class_names[seen[0]] if len(seen) else 'none labelled'}); "
+                      "need two or more")
     if need_every_sample and not study.have().any(1).all():
-        raise Refused(f"sample {int((~study.have().any(1)).argmax())} has nothing present in {', '.join(study.modalities)}")
+        raise Refused(f"sample {int((~study.have().any(1)).argmax())} has nothing present in "
+                      f"{', '.join(study.modalities)}")
     return study
 
 
@@ -315,16 +320,16 @@ def phantoms(n, seed, domain="target", size=32):
     (report and image state the same lesion). Same arguments, same bytes."""
     rng = np.random.default_rng((seed, size, domain == "target"))
     truth = rng.integers(0, 4, n)
-    facts = {name: np.where(rng.random(n) < p, truth, rng.integers(0, 4, n)) for name,
-             p in (("kind", 0.85), ("symptom", 0.6), ("history", 0.4))}
+    odds = {"kind": 0.95, "symptom": 0.7, "history": 0.4}  # how often a fact is the one its diagnosis goes with
+    facts = {name: np.where(rng.random(n) < p, truth, rng.integers(0, 4, n)) for name, p in odds.items()}
     facts["side"] = rng.integers(0, 2, n)
     told = np.where(rng.random(n) < 0.8, facts["kind"], (facts["kind"] + rng.integers(1, 4, n)) % 4)
     states = rng.random(n) < 0.6  # the report names a lesion at all
     haze = np.clip(0.5 * rng.random(n) + 0.4 * (truth == 1), 0, 1)
 
     fever = np.array([0.0, 1.6, 0.2, 0.6])[facts["symptom"]]
-    vitals = np.stack([36.7 + fever + 0.4 * rng.normal(size=n), 97 - 6 * haze + rng.normal(size=n), 72 + 8 * fever
-                       + 9 * rng.normal(size=n)], 1)
+    vitals = np.stack([36.7 + fever + 0.4 * rng.normal(size=n), 97 - 6 * haze + rng.normal(size=n),
+                       72 + 8 * fever + 9 * rng.normal(size=n)], 1)
     labs = np.stack([40 + 15 * (facts["history"] == 2) + 12 * rng.normal(size=n),
                      np.exp(1 + fever + 0.5 * rng.normal(size=n))], 1)
     numeric = {"vitals": vitals, "labs": labs}
@@ -340,8 +345,8 @@ def phantoms(n, seed, domain="target", size=32):
         table = np.array([[p.split("|") for p in entry] for entry in WORDS[name]])  # [values, 2 domains, 2 synonyms]
         unseen = (pick[:, 4] < 0.75) if domain == "target" else np.zeros(n, bool)
         phrase[name] = table[value, unseen.astype(int), (pick[:, len(phrase)] < 0.5).astype(int)]
-    lesion = [(f"{k} {s}, " if d and t else f"{k}, " if d else "") for k, s, t,
-              d in zip(phrase["kind"], phrase["side"], told, states)]
+    lesion = [(f"{k} {s}, " if d and t else f"{k}, " if d else "")
+              for k, s, t, d in zip(phrase["kind"], phrase["side"], told, states)]
     notes = np.array([f"{found}{symptom}, {history}" for found, symptom,
                       history in zip(lesion, phrase["symptom"], phrase["history"])])
 
@@ -349,9 +354,9 @@ def phantoms(n, seed, domain="target", size=32):
                   "agree": np.where(states, told == facts["kind"], -1)}
     attributes = {k: v.astype(np.int64) for k, v in attributes.items()}
     images = _draw_chests(rng, facts["kind"], facts["side"], haze, size, inverted=domain == "target")
-    return _checked(Study(name=f"phantoms ({domain})", labels=truth, class_names=list(DIAGNOSES), images=images,
+    return Study(name=f"phantoms ({domain})", labels=truth, class_names=list(DIAGNOSES), images=images,
                           notes=notes, numeric=numeric, columns={"vitals": VITALS, "labs": LABS}, attributes=attributes,
-                          synthetic=True))
+                          synthetic=True)
 
 
 def _draw_chests(rng, kind, side, haze, size, inverted):
@@ -387,7 +392,8 @@ def parse_missing(text, modalities):
     kind, _, rate = text.rpartition(":")
     types = [*modalities, "any", *(["both"] if len(modalities) == 2 else [])]
     if kind not in types:
-        raise Refused(f"missing type '{kind}' in '{text}' is not known; write TYPE:RATE with TYPE one of {', '.join(types)}")
+        raise Refused(f"missing type '{kind}' in '{text}' is not known; write TYPE:RATE with TYPE one of "
+                      f"{', '.join(types)}")
     try:
         rate = float(rate)
     except ValueError:
@@ -439,7 +445,8 @@ def split(study, seed):
     kept = np.flatnonzero(labelled)
     onehot = (np.maximum(study.labels, 0) if study.multilabel
               else np.eye(len(study.class_names), dtype=np.int64)[study.labels.clip(0)])
-    onehot = np.concatenate([onehot, np.ones((len(study), 1), np.int64)], 1)[kept]  # the last column balances plain size
+    # the last column balances plain size
+    onehot = np.concatenate([onehot, np.ones((len(study), 1), np.int64)], 1)[kept]
     ids, member = np.unique(group[kept], return_inverse=True)
     counts = np.zeros((len(ids), onehot.shape[1]))
     np.add.at(counts, member, onehot)
@@ -453,7 +460,8 @@ def split(study, seed):
     result = {k: kept[part[member] == i] for i, k in enumerate(names)}
     for k, rows in result.items():
         if not len(rows):
-            raise Refused(f"{study.name}: {len(kept)} labelled samples in {len(ids)} groups leave the {k} split empty; need more")
+            raise Refused(f"{study.name}: {len(kept)} labelled samples in {len(ids)} groups leave the {k} split "
+                          "empty; need more")
     return result
 
 
@@ -529,7 +537,7 @@ def _resample(old, new):
 
 
 def prepare_images(images, size, channels):
-    """uint8 [N,H,W] or [N,H,W,3] -> float32 [N,channels,size,size] in [-1,1]; grey is repeated for a 3-channel model."""
+    """uint8 [N,H,W] or [N,H,W,3] -> float32 [N,channels,size,size] in [-1,1]; grey is repeated for 3 channels."""
     images = resize(images, size)
     if images.ndim == 3:
         images = np.repeat(images[:, None], channels, 1)  # [N,ch,S,S]

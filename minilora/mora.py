@@ -129,6 +129,11 @@ def adapter_parameters(model):
     return {n: p for n, p in model.named_parameters() if ".mora." in n or n.startswith("prompts.")}
 
 
+def branch_ranks(state):
+    """{layer: rank} of the branches in a state dict."""
+    return {n.removesuffix(".mora.down"): t.shape[1] for n, t in state.items() if n.endswith(".mora.down")}
+
+
 def fold(model, present):
     """Replace every branch of the model, in place, by its folded form for one presence row [M]; returns the model.
 

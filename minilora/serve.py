@@ -108,7 +108,8 @@ class Diagnoser:
                 raise Refused(f"graph '{graph}' needs input '{spec.name}'")
             value = inputs[spec.name]
             if list(value.shape[1:]) != spec.shape[1:]:
-                raise Refused(f"'{spec.name}' has shape {list(value.shape)}; graph '{graph}' takes [batch, {spec.shape[1:]}]")
+                raise Refused(f"'{spec.name}' has shape {list(value.shape)}; graph '{graph}' takes [batch, "
+                              f"{spec.shape[1:]}]")
             if spec.name == "note" and value.size and not 0 <= value.min() <= value.max() < self.manifest["buckets"]:
                 raise Refused(f"word ids are {value.min()}..{value.max()}; must be in [0,{self.manifest['buckets']})")
         return session.run(["logits", "probabilities"], {s.name: inputs[s.name] for s in session.get_inputs()})
@@ -116,11 +117,10 @@ class Diagnoser:
     def predict(self, images=None, notes=None, **numeric):
         """Probabilities [B,C] float32, whatever each of the B samples has.
 
-        images: B of uint8 [H,W] or [H,W,3] of any size, or None. notes: B of str, or None. numeric: by modality name, B rows
-        [F] in the order of `manifest['numeric'][name]['columns']`, or {column: value}, or None; NaN = that value is missing.
-        Samples are grouped by what is present, and each group runs its own graph. Raises `Refused`, a ValueError, that says
-        which sample is wrong and how.
-        """
+        images: B of uint8 [H,W] or [H,W,3] of any size, or None. notes: B of str, or None. numeric: by modality name,
+        B rows [F] in the order of `manifest['numeric'][name]['columns']`, or {column: value}, or None; NaN = that
+        value is missing. Samples are grouped by what is present, and each group runs its own graph. Raises `Refused`,
+        a ValueError, that says which sample is wrong and how. """
         inputs, present = self.inputs(images, notes, numeric)
         result = np.zeros((len(present), len(self.classes)), np.float32)
         for pattern in np.unique(present, axis=0):
@@ -141,7 +141,8 @@ class Diagnoser:
                 raise Refused(f"modality '{name}' is not of this model; it has {', '.join(self.modalities)}")
         lengths = {k: len(v) for k, v in given.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
-            raise Refused("lengths differ or nothing is given: " + (", ".join(f"{k} {n}" for k, n in lengths.items()) or "no modality"))
+            said = ", ".join(f"{k} {n}" for k, n in lengths.items()) or "no modality"
+            raise Refused(f"every modality needs a list of the same length, at least 1: {said}")
         n, m = next(iter(lengths.values())), self.manifest
         present, inputs = np.zeros((n, len(self.modalities)), bool), {}
         for column, name in enumerate(self.modalities):
@@ -167,7 +168,8 @@ class Diagnoser:
 
     def image(self, value, where):
         value = np.asarray(value)
-        if value.dtype != np.uint8 or value.ndim not in (2, 3) or 0 in value.shape or (value.ndim == 3 and value.shape[2] != 3):
+        shaped = value.ndim == 2 or (value.ndim == 3 and value.shape[2] == 3)
+        if value.dtype != np.uint8 or not shaped or 0 in value.shape:
             nan = ", with NaN" if value.dtype.kind == "f" and np.isnan(value).any() else ""
             raise Refused(f"{where} is {value.dtype} {list(value.shape)}{nan}; need uint8 [H,W] or [H,W,3]")
         return data.prepare_images(value[None], self.manifest["image_size"], self.manifest["channels"])[0]
@@ -175,7 +177,9 @@ class Diagnoser:
     def note(self, value, where):
         if not isinstance(value, str):
             raise Refused(f"{where} is {type(value).__name__}; need a string, or None if it is missing")
-        return data.tokenize([value], self.manifest["buckets"], self.manifest["positions"])[0] if value.strip() else None
+        if not value.strip():
+            return None
+        return data.tokenize([value], self.manifest["buckets"], self.manifest["positions"])[0]
 
     def row(self, value, where, name):
         columns, spec = self.manifest["numeric"][name]["columns"], self.manifest["numeric"][name]
@@ -189,7 +193,8 @@ class Diagnoser:
         except (TypeError, ValueError):
             raise Refused(f"{where} is not a row of numbers") from None
         if value.shape != (len(columns),) or np.isinf(value).any():
-            raise Refused(f"{where} is {value.tolist()}; need {len(columns)} finite numbers or NaN: {', '.join(columns)}")
+            raise Refused(f"{where} is {value.tolist()}; need {len(columns)} finite numbers or NaN: "
+                          f"{', '.join(columns)}")
         standard = (value - np.array(spec["mean"], np.float32)) / np.array(spec["scale"], np.float32)
         return None if np.isnan(standard).all() else standard
 
@@ -199,17 +204,18 @@ def check(folder, device="auto"):
     difference over all graphs: of probabilities, and of logits relative to max(1, |logit|)."""
     diagnoser = Diagnoser(folder, device)
     golden, worst = data.read_npz(Path(folder) / "golden.npz"), 0.0
+    inputs = {k: v for k, v in golden.items() if " " not in k}
     print(f"{folder}: {len(diagnoser.manifest['files'])} files as the manifest says; provider {diagnoser.provider}")
     for graph in diagnoser.manifest["graphs"]:
-        logits, probabilities = golden[f"logits {graph}"], golden[f"probabilities {graph}"]
-        n = len(logits)
-        for rows in [range(n), *[[i] for i in range(n)]]:
-            feed = {k: v[list(rows)] for k, v in golden.items() if " " not in k}
-            got = diagnoser.run(graph, feed)
-            differences = [abs(got[0] - logits[list(rows)]) / np.maximum(1, abs(logits[list(rows)])), abs(got[1] - probabilities[list(rows)])]
-            error = float(np.max(differences))
-            worst = max(worst, error if np.isfinite(error) else np.inf)
-        print(f"  {graph:32s} parity with torch {error:.1e} at batch 1, {worst:.1e} at worst so far")
+        wanted, error = (golden[f"logits {graph}"], golden[f"probabilities {graph}"]), 0.0
+        n = len(wanted[0])
+        for rows in [list(range(n)), *[[i] for i in range(n)]]:
+            got = diagnoser.run(graph, {k: v[rows] for k, v in inputs.items()})
+            for g, w in zip(got, wanted):
+                difference = float(np.max(abs(g - w[rows]) / np.maximum(1, abs(w[rows]))))
+                error = max(error, difference if np.isfinite(difference) else np.inf)
+        worst = max(worst, error)
+        print(f"  {graph:32s} parity with torch {error:.1e} at batch {n} and 1")
     print(f"{'passed' if worst <= TOLERANCE else 'FAILED'}: largest difference {worst:.1e}, limit {TOLERANCE:.0e}")
     return worst
 
@@ -227,7 +233,8 @@ def read_image(path):
     try:
         from PIL import Image
     except ImportError:
-        raise Refused(f"{path}: reading pictures needs Pillow: pip install 'minilora[pictures]' (or give an .npy array)") from None
+        raise Refused(f"{path}: reading pictures needs Pillow: pip install 'minilora[pictures]' (or give an .npy "
+                      "array)") from None
     try:
         with Image.open(path) as picture:
             return np.asarray(picture.convert("L" if picture.mode in ("1", "L", "I", "I;16", "F") else "RGB"))
@@ -235,61 +242,75 @@ def read_image(path):
         raise Refused(f"{path}: not a readable picture ({error})") from None
 
 
+def chosen_rows(study, args):
+    """(row indices, presence [n,M]) of a study file: all of it, or the test part of a run's split with its table."""
+    have = study.have()
+    if not args.split:
+        if args.missing:
+            raise Refused(f"--missing {args.missing} names a table of a split file; give --split RUN/split-s0.npz too")
+        return np.arange(len(study)), have
+    drawn = data.read_npz(args.split)
+    if "test" not in drawn or drawn["test"].max(initial=0) >= len(study):
+        raise Refused(f"{args.split}: not a split of the {len(study)} samples of {args.data}")
+    rows, key = drawn["test"], f"present {args.missing}"
+    if args.missing:
+        if key not in drawn or len(drawn[key]) != len(study):
+            tables = [k.removeprefix("present ") for k in drawn if k.startswith("present ")]
+            raise Refused(f"{args.split}: no table '{args.missing}' for this file; it holds {', '.join(tables)}")
+        for j, name in enumerate(drawn["modalities"]):
+            if name in study.modalities:
+                have[:, study.modalities.index(name)] = drawn[key][:, j]
+    return rows, have[rows]
+
+
 def predict_file(diagnoser, args):
-    """Probabilities of a study file's rows; metrics to stdout, one line per sample to --out."""
-    study = data.load_study(args.data, args.synthetic_notes)
-    rows, present = np.arange(len(study)), study.have()
-    if set(diagnoser.modalities) - set(study.modalities):
-        print(f"the file lacks {', '.join(set(diagnoser.modalities) - set(study.modalities))}: predicted without")
+    """Probabilities of a study file's rows: metrics to stdout, one line per sample to --out."""
+    study, classes = data.load_study(args.data, args.synthetic_notes), diagnoser.classes
     names = [m for m in study.modalities if m in diagnoser.modalities]
     for name in names:
-        if name in study.columns and study.columns[name] != diagnoser.numeric[name]["columns"]:
+        if study.columns.get(name, []) != diagnoser.numeric.get(name, {"columns": []})["columns"]:
             raise Refused(f"{args.data}: columns of '{name}' are {', '.join(study.columns[name])}; "
                           f"the model has {', '.join(diagnoser.numeric[name]['columns'])}")
-    if study.class_names != diagnoser.classes:
-        raise Refused(f"{args.data}: classes are {', '.join(study.class_names)}; the model has {', '.join(diagnoser.classes)}")
-    if args.split:
-        drawn = data.read_npz(args.split)
-        if "test" not in drawn or drawn["test"].max(initial=0) >= len(study) or f"present {args.missing}" not in {*drawn, "present None"}:
-            tables = [k.removeprefix("present ") for k in drawn if k.startswith("present ")]
-            raise Refused(f"{args.split}: not a split of {args.data} with --missing {args.missing}; it holds {', '.join(tables) or 'none'}")
-        rows = drawn["test"]
-        if args.missing:
-            order = [list(drawn["modalities"]).index(m) if m in drawn["modalities"] else None for m in study.modalities]
-            table = drawn[f"present {args.missing}"]
-            present = np.stack([present[:, i] if j is None else table[:, j] for i, j in enumerate(order)], 1)
-    elif diagnoser.manifest["data"] == {"name": Path(args.data).name, "sha256": data.sha256(args.data)}:
-        print("this is the file the model was trained on, training samples included; --split RUN/split-s0.npz keeps to the test part")
-    column = {m: present[rows, i] for i, m in enumerate(study.modalities)}
-    pick = lambda values, m: None if m not in names else [v if here else None for v, here in zip(values[rows], column[m])]
-    probabilities = diagnoser.predict(pick(study.images, "image"), [str(t) if t is not None else None for t in pick(study.notes, "note")] if "note" in names else None,
-                                      **{m: pick(study.numeric[m], m) for m in names if m in study.numeric})
-    known = study.labelled[rows]
-    kind = "synthetic data" if study.synthetic else "with synthetic notes" if study.synthetic_notes else ""
-    s = metrics.scores(study.labels[rows][known], probabilities[known]) if known.any() else {}
-    print(f"{args.data} {kind}: {len(rows)} samples, {int(known.sum())} labelled; " + ", ".join(f"{k.replace('_', '-')} {v:.3f}" for k, v in s.items()))
-    have = np.stack([column[m] for m in names], 1)
-    patterns, counts = np.unique([data.pattern_name(r, names) for r in have], return_counts=True)
-    print("present: " + ", ".join(f"{p} {c}" for p, c in zip(patterns, counts)))
+    if not names or study.class_names != classes or study.multilabel != diagnoser.manifest["multilabel"]:
+        raise Refused(f"{args.data}: has {', '.join(study.modalities)} and classes {', '.join(study.class_names)}; "
+                      f"the model has {', '.join(diagnoser.modalities)} and {', '.join(classes)}")
+    if not args.split and diagnoser.manifest["data"] == {"name": args.data.name, "sha256": data.sha256(args.data)}:
+        print("the model was trained on part of this file; --split RUN/split-s0.npz keeps to the test part")
+    rows, present = chosen_rows(study, args)
+    present = present[:, [study.modalities.index(m) for m in names]]
+    values = {"image": study.images, "note": study.notes, **study.numeric}
+    request = {m: [values[m][r] if p else None for r, p in zip(rows, present[:, j])] for j, m in enumerate(names)}
+    request["note"] = [None if t is None else str(t) for t in request["note"]] if "note" in request else None
+    probabilities = diagnoser.predict(request.pop("image", None), request.pop("note"), **request)
+
+    known, labels = study.labelled[rows], study.labels[rows]
+    found = metrics.scores(labels[known], probabilities[known]) if known.any() else {}
+    about = "synthetic notes" if study.synthetic_notes else "synthetic data" if diagnoser.manifest["synthetic"] else ""
+    print(f"{args.data} {about}: {len(rows)} samples, {int(known.sum())} labelled; "
+          + ", ".join(f"{k.replace('_', '-')} {v:.3f}" for k, v in found.items()))
+    patterns = [data.pattern_name(p, names) for p in present]
+    print("present: " + ", ".join(f"{p} {c}" for p, c in zip(*np.unique(patterns, return_counts=True))))
     if args.out:
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
-        table.writerow(["row", "present", "label", "predicted", *[f"p({c})" for c in diagnoser.classes]])
-        for i, (row, p) in enumerate(zip(rows, probabilities)):
-            label = study.labels[row]
-            said = [c for c, v in zip(diagnoser.classes, p) if v >= 0.5] if study.multilabel else [diagnoser.classes[int(p.argmax())]]
-            true = [c for c, v in zip(diagnoser.classes, label) if v == 1] if study.multilabel else [diagnoser.classes[label]] if label >= 0 else []
-            table.writerow([row, data.pattern_name(have[i], names), "|".join(true), "|".join(said), *[f"{v:.6f}" for v in p]])
+        table.writerow(["row", "present", "label", "predicted", *[f"p({c})" for c in classes]])
+        for row, pattern, label, p in zip(rows, patterns, labels, probabilities):
+            if study.multilabel:
+                true, said = label == 1, p >= 0.5
+            else:
+                true, said = np.arange(len(classes)) == label, p == p.max()
+            names_of = lambda mask: "|".join(c for c, m in zip(classes, mask) if m)
+            table.writerow([row, pattern, names_of(true), names_of(said), *[f"{v:.6f}" for v in p]])
         data.write_atomic(args.out, text.getvalue())
         print(f"probabilities: {args.out}")
 
 
 def command_line(argv):
-    """The parsed command. `predict` has a flag per numeric column of the folder it is given, so the folder is read first."""
-    parser = argparse.ArgumentParser(prog="minilora.serve", description="Inference from an exported folder, without torch.")
+    """The parsed command. `predict` has a flag per numeric column of its folder, so the folder is read first."""
+    parser = argparse.ArgumentParser(prog="minilora.serve", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     checks = commands.add_parser("check", help="rerun the golden inputs and compare with torch's outputs")
-    predicts = commands.add_parser("predict", help="diagnose one sample, or a study file with --data", allow_abbrev=False)
+    predicts = commands.add_parser("predict", help="diagnose one sample, or a file with --data", allow_abbrev=False)
     for p in (checks, predicts):
         p.add_argument("folder", type=Path, help="what export.py wrote, for example runs/mora/onnx")
         p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
@@ -298,47 +319,55 @@ def command_line(argv):
     predicts.add_argument("--data", type=Path, help="study file: predict all of it and print metrics")
     predicts.add_argument("--synthetic-notes", action="store_true", help="with --data: as in training")
     predicts.add_argument("--split", type=Path, help="with --data: keep to the test rows of this split-sN.npz")
-    predicts.add_argument("--missing", help="with --split: apply its stored missing table TYPE:RATE")
+    predicts.add_argument("--missing", help="with --split: apply its stored missing table, TYPE:RATE")
     predicts.add_argument("--out", type=Path, help="with --data: CSV of probabilities")
-    folder = next((a for a in argv[1:] if not a.startswith("-")), None)
+    folder = next((a for a in argv[1:] if (Path(a) / "manifest.json").is_file()), None)
     columns = {}
-    if argv[:1] == ["predict"] and folder and (Path(folder) / "manifest.json").is_file():
+    if argv[:1] == ["predict"] and folder:
         for name, spec in read_manifest(folder, "mora")["numeric"].items():
             for c in spec["columns"]:
                 flag = re.sub(r"\W+", "-", c.strip())
+                flag = f"{name}-{flag}" if f"--{flag}" in predicts._option_string_actions else flag
                 columns[flag] = (name, c)
-                predicts.add_argument(f"--{flag}", type=float, dest=f"column {flag}", help=f"{name}: {c}", metavar="NUMBER")
+                predicts.add_argument(f"--{flag}", type=float, dest=f"column {flag}", help=f"{name}: {c}")
     return parser.parse_args(argv), columns
 
 
+def predict_one(diagnoser, args, columns):
+    """Probabilities of the one sample on the command line, as bars."""
+    numeric = {}
+    for flag, (name, column) in columns.items():
+        if getattr(args, f"column {flag}") is not None:
+            numeric.setdefault(name, {})[column] = getattr(args, f"column {flag}")
+    request = {name: [row] for name, row in numeric.items()}
+    if args.note is not None:
+        request["notes"] = [args.note]
+    if args.image:
+        image = read_image(args.image)
+        if image.ndim == 3 and diagnoser.manifest["channels"] == 1:
+            image = np.rint(image @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)  # ITU-R 601, as Pillow's "L"
+        request["images"] = [image]
+    if not request:
+        flags = ", ".join(f"--{f}" for f in ("image", "note", *columns))
+        raise Refused(f"nothing to diagnose: give --data FILE.npz, or any of {flags}")
+    p = diagnoser.predict(**request)[0]
+    given = {k.removesuffix("s") if k in ("images", "notes") else k for k in request}
+    print(f"present: {', '.join(m for m in diagnoser.modalities if m in given)}")
+    for i in np.argsort(-p):
+        print(f"{diagnoser.classes[i]:20s} {p[i]:.3f} {'█' * round(30 * float(p[i]))}")
+    if diagnoser.manifest["synthetic"] or diagnoser.manifest["synthetic_notes"]:
+        kind = "data" if diagnoser.manifest["synthetic"] else "notes"
+        print(f"trained on synthetic {kind}: not a diagnosis of anybody")
+
+
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     with data.one_line_errors():
-        args, columns = command_line(argv)
+        args, columns = command_line(sys.argv[1:] if argv is None else argv)
         if args.command == "check":
             raise SystemExit(0 if check(args.folder, args.device) <= TOLERANCE else 1)
         diagnoser = Diagnoser(args.folder, args.device)
         print(f"provider {diagnoser.provider}")
-        if args.data:
-            return predict_file(diagnoser, args)
-        numeric = {}
-        for flag, (name, column) in columns.items():
-            value = getattr(args, f"column {flag}")
-            if value is not None:
-                numeric.setdefault(name, {})[column] = value
-        given = {"image": args.image, "note": args.note, **numeric}
-        here = [k for k, v in given.items() if v is not None]
-        if not here:
-            raise Refused(f"nothing to diagnose: give --data FILE.npz or any of {', '.join(f'--{f}' for f in ('image', 'note', *columns))}")
-        image = read_image(args.image) if args.image else None
-        if image is not None and image.ndim == 3 and diagnoser.manifest["channels"] == 1:
-            image = np.rint(image @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)  # ITU-R 601 grey, as Pillow's "L"
-        p = diagnoser.predict([image] if args.image else None, [args.note] if args.note is not None else None, **{k: [v] for k, v in numeric.items()})[0]
-        print(f"present: {', '.join(here)}")
-        for i in np.argsort(-p):
-            print(f"{diagnoser.classes[i]:20s} {p[i]:.3f} {'█' * round(30 * float(p[i]))}")
-        if diagnoser.manifest["synthetic"] or diagnoser.manifest["synthetic_notes"]:
-            print("trained on synthetic " + ("data" if diagnoser.manifest["synthetic"] else "notes") + ": not a diagnosis of anybody")
+        predict_file(diagnoser, args) if args.data else predict_one(diagnoser, args, columns)
 
 
 if __name__ == "__main__":

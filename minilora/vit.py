@@ -23,7 +23,8 @@ class Attention(nn.Module):
     def forward(self, x, bias=None):
         """x [B,T,D]; bias [B,1,1,T], 0 or -inf per key, or None where every token is attended."""
         T, D = int(x.shape[1]), int(x.shape[2])
-        q, k, v = (self.qkv(x).reshape(-1, T, 3 * self.heads, D // self.heads).transpose(1, 2).split(self.heads, 1))  # [B,H,T,d]
+        qkv = self.qkv(x).reshape(-1, T, 3 * self.heads, D // self.heads).transpose(1, 2)  # [B,3H,T,d]
+        q, k, v = qkv.split(self.heads, 1)  # each [B,H,T,d]
         scores = (q * self.scale) @ k.transpose(2, 3)  # [B,H,T,T]
         weights = (scores if bias is None else scores + bias).softmax(-1)
         return self.out((weights @ v).transpose(1, 2).reshape(-1, T, D))
@@ -142,7 +143,7 @@ class ViT(nn.Module):
         return torch.cat(x, 1), bias
 
     def features(self, batch, present=None, gates=None):
-        """Pooled classification token [B,D]. `gates` [B,M] is the presence that adapters are told; default `present`."""
+        """Pooled classification token [B,D]. `gates` [B,M]: the presence that adapters are told, else `present`."""
         gates = present if gates is None else gates
         x, bias = self.embed(batch, present)
         if self.prompts is not None:

@@ -1,0 +1,217 @@
+"""Phantoms, study files, missing tables, splits, tokenizer, resize, and the refusal of files that are not what they should be."""
+
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+
+from minilora import data, metrics
+from minilora.data import Refused
+
+
+def study(**changes):
+    rng = np.random.default_rng(0)
+    arrays = {"images": rng.integers(0, 256, (40, 8, 8), dtype=np.uint8), "notes": np.array(["a cough", ""] * 20),
+              "labels": np.arange(40) % 2, "lab": rng.normal(size=(40, 2)).astype(np.float32),
+              "lab_names": np.array(["age", "crp"])}
+    return {k: v for k, v in (arrays | changes).items() if v is not None}
+
+
+def write(path, arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+def test_phantoms_are_the_same_bytes_and_the_domains_differ():
+    one, again, source = data.phantoms(50, 3), data.phantoms(50, 3), data.phantoms(50, 3, "source")
+    assert one.images.tobytes() == again.images.tobytes() and list(one.notes) == list(again.notes)
+    assert one.images.mean() > 140 > 110 > source.images.mean()  # inverted contrast
+    words = lambda s: {w for n in s.notes for w in data.words_of(n)}
+    assert words(one) - words(source)  # unseen synonyms
+    assert one.modalities == ("image", "note", "vitals", "labs") and np.isnan(one.numeric["vitals"]).any()
+    assert one.have().all() and set(one.attributes) == {"kind", "symptom", "history", "side", "agree"}
+
+
+def test_study_round_trip_keeps_every_field(tmp_path):
+    s = data.phantoms(30, 1)
+    data.save_study(tmp_path / "s.npz", s)
+    back = data.load_study(tmp_path / "s.npz")
+    assert np.array_equal(back.images, s.images) and list(back.notes) == list(s.notes)
+    assert np.array_equal(back.labels, s.labels) and back.class_names == s.class_names and back.columns == s.columns
+    for k in s.numeric:
+        np.testing.assert_array_equal(back.numeric[k], s.numeric[k])
+    first = (tmp_path / "s.npz").read_bytes()
+    data.save_study(tmp_path / "t.npz", s)
+    assert (tmp_path / "t.npz").read_bytes() == first
+
+
+def test_what_the_file_lacks_is_absent(tmp_path):
+    lab = study()["lab"].copy()
+    lab[3], lab[4, 0] = np.nan, np.nan
+    s = data.load_study(write(tmp_path / "a.npz", study(lab=lab)))
+    have = s.have()
+    assert have[:, 0].all() and list(have[:4, 1]) == [True, False, True, False]
+    assert not have[3, 2] and have[4, 2]
+
+
+@pytest.mark.parametrize("shape,labels", [((9, 28, 28), (9, 1)), ((9, 28, 28, 3), (9, 5))])
+def test_medmnist_files_load_unchanged_with_their_splits(tmp_path, shape, labels):
+    rng, arrays = np.random.default_rng(0), {}
+    for part, n in (("train", 9), ("val", 4), ("test", 5)):
+        arrays[f"{part}_images"] = rng.integers(0, 256, (n, *shape[1:]), dtype=np.uint8)
+        arrays[f"{part}_labels"] = np.arange(n * labels[1]).reshape(n, labels[1]) % 2
+    s = data.load_study(write(tmp_path / "m.npz", arrays))
+    assert s.multilabel == (labels[1] > 1)
+    assert {k: len(v) for k, v in data.split(s, 0).items()} == {"train": 9, "val": 4, "test": 5}
+    assert np.array_equal(s.images[data.split(s, 1)["test"]], arrays["test_images"])
+
+
+def test_synthetic_notes_tell_the_right_symptom_four_times_in_five(tmp_path):
+    s = data.load_study(write(tmp_path / "a.npz", study(images=np.zeros((4000, 4, 4), np.uint8), notes=None, lab=None, lab_names=None,
+                                                       labels=np.arange(4000) % 3)), synthetic_notes=True)
+    right = np.mean([data.SYMPTOMS[c] in n for c, n in zip(s.labels, s.notes)])
+    assert s.synthetic_notes and abs(right - 0.8) < 0.02
+    with pytest.raises(Refused, match="has notes of its own"):
+        data.load_study(write(tmp_path / "b.npz", study()), synthetic_notes=True)
+
+
+def test_missing_tables():
+    mods = ("image", "note", "vitals")
+    have = np.ones((1000, 3), bool)
+    have[:100, 1:] = False  # only an image
+    table = data.missing_table(have, mods, "any:0.7", 5)
+    assert np.array_equal(table, data.missing_table(have, mods, "any:0.7", 5))
+    assert not np.array_equal(table, data.missing_table(have, mods, "any:0.7", 6))
+    assert table.any(1).all() and (table <= have).all() and table[:100, 0].all()
+    full = table[100:]
+    assert abs((~full.all(1)).mean() - 0.7) < 0.04
+    patterns, counts = np.unique(full[~full.all(1)], axis=0, return_counts=True)
+    assert len(patterns) == 6 and counts.min() > 0.6 * counts.mean()  # uniform over non-empty proper subsets
+    lower = data.missing_table(have, mods, "any:0.3", 5)
+    assert (table <= lower).all()  # nested over rates
+    image = data.missing_table(np.ones((100, 2), bool), ("image", "note"), "image:0.4", 0)
+    assert (~image[:, 0]).sum() == 40 and image[:, 1].all()
+    for rate, left in (("both:0", 200), ("both:1", 100)):
+        assert data.missing_table(np.ones((100, 2), bool), ("image", "note"), rate, 0).sum() == left
+
+
+@pytest.mark.parametrize("text,words", [("sound:0.5", "'sound'.*image, note, any, both"), ("image:1.5", "1.5.*outside"),
+                                        ("image:-0.1", "outside"), ("image:x", "'x'.*not a number"), ("0.5", "''"),
+                                        ("any:nan", "outside")])
+def test_missing_specifications_are_checked(text, words):
+    with pytest.raises(Refused, match=words):
+        data.parse_missing(text, ("image", "note"))
+
+
+def test_split_keeps_groups_together_and_stratifies():
+    rng = np.random.default_rng(0)
+    n = 600
+    images = rng.integers(0, 256, (n, 4, 4), dtype=np.uint8)
+    patients = np.array([f"p{i // 3}" for i in range(n)])
+    labels = (np.arange(n) // 3 % 4 == 0).astype(np.int64)
+    images[599] = images[0]  # joins the first and the last patient
+    labels[10] = -1
+    s = data.Study("s", labels, ["no", "yes"], images=images, patients=patients)
+    parts = data.split(s, 0)
+    where = np.full(n, -1)
+    for i, rows in enumerate(parts.values()):
+        where[rows] = i
+    assert where[10] == -1 and (where == -1).sum() == 1
+    for p in set(patients):
+        assert len(set(where[(patients == p) & (labels >= 0)])) == 1
+    assert where[0] == where[599]
+    for i, share in enumerate((0.8, 0.1, 0.1)):
+        assert abs((where == i).mean() - share) < 0.02
+        assert abs(labels[where == i].mean() - 0.25) < 0.06
+    assert all(np.array_equal(parts[k], data.split(s, 0)[k]) for k in parts)
+    assert any(not np.array_equal(parts[k], data.split(s, 1)[k]) for k in parts)
+
+
+def test_a_study_too_small_to_split_is_refused():
+    with pytest.raises(Refused, match="leave the (val|test) split empty; need more"):
+        data.split(data.Study("s", np.array([0, 1]), ["a", "b"], notes=np.array(["a", "b"])), 0)
+
+
+def test_tokenizer():
+    ids = data.tokenize(["Fever, [MASK]  fever!", "", "a b c d e f"], 100, 4)
+    assert ids.shape == (3, 4) and ids[0, 0] == data.CLS and ids[0, 1] == ids[0, 3] and ids[0, 2] == data.UNK
+    assert list(ids[1]) == [data.CLS, 0, 0, 0] and (ids[2] > 0).all() and ids.max() < 100 and ids.min() >= 0
+    assert hashlib.sha256(data.tokenize(["a routine chest film"], 2048, 8).tobytes()).hexdigest()[:8] == "d5a79011"
+
+
+def test_resize_keeps_constants_means_and_identity():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (2, 30, 20), dtype=np.uint8)
+    assert np.array_equal(data.resize(image[:, :20], 20), image[:, :20])
+    assert (data.resize(np.full((1, 17, 33), 77, np.uint8), 32) == 77).all()
+    assert abs(data.resize(image, 8).mean() - image.mean()) < 2
+    checker = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)[None]
+    assert abs(data.resize(checker, 16).astype(int) - 127.5).max() < 6  # antialiased: no moire
+    rgb = np.stack([image] * 3, 3)
+    assert np.array_equal(data.resize(rgb, 16)[..., 0], data.resize(image, 16))
+    assert data.prepare_images(image, 16, 3).shape == (2, 3, 16, 16)
+
+
+def test_numeric_scale_ignores_nan():
+    mean, scale = data.numeric_scale(np.array([[1, np.nan, 5], [3, np.nan, 5]], np.float32))
+    assert list(mean) == [2, 0, 5] and list(scale) == [1, 1, 1]
+
+
+def test_scores_against_definitions():
+    rng = np.random.default_rng(0)
+    labels, p = rng.integers(0, 3, 200), rng.dirichlet(np.ones(3), 200).round(1)
+    said = p.argmax(1)
+    f1 = [2 * ((said == c) & (labels == c)).sum() / ((said == c).sum() + (labels == c).sum()) for c in range(3)]
+    pairs = lambda t, s: np.mean([(a > b) + 0.5 * (a == b) for a, b in itertools.product(s[t], s[~t])])
+    auc = [pairs(labels == c, p[:, c]) for c in range(3)]
+    got = metrics.scores(labels, p)
+    assert got["macro_f1"] == pytest.approx(np.mean(f1)) and got["auroc"] == pytest.approx(np.mean(auc))
+    assert got["accuracy"] == pytest.approx((said == labels).mean())
+    both = np.stack([labels == 0, np.where(np.arange(200) < 50, -1, labels == 1)], 1).astype(int)
+    several = metrics.scores(both, p[:, :2])
+    assert several["auroc"] == pytest.approx((auc[0] + pairs(labels[50:] == 1, p[50:, 1])) / 2)
+    assert np.isnan(metrics.auroc(np.ones(3, bool), np.arange(3)))
+
+
+BAD = {
+    "key 'labels' is missing": {"labels": None}, "no modality": {"images": None, "notes": None, "lab": None, "lab_names": None},
+    r"images are float32": {"images": np.zeros((40, 8, 8), np.float32)}, r"images are uint8 \[40, 8, 8, 4\]": {"images": np.zeros((40, 8, 8, 4), np.uint8)},
+    "lengths differ: labels 40, images 39": {"images": np.zeros((39, 8, 8), np.uint8)}, "labels are float64": {"labels": np.zeros(40)},
+    "labels are -2": {"labels": np.arange(40) % 2 - 2}, "labels are 0..2.* 2 classes": {"labels": np.arange(40) % 3, "class_names": np.array(["a", "b"])},
+    "one class only": {"labels": np.zeros(40, int)}, "finding 'class 1' never varies": {"labels": np.stack([np.arange(40) % 2, np.zeros(40, int)], 1)},
+    "sample 1 has nothing present": {"images": None, "lab": None, "lab_names": None}, "'lab' is float32": {"lab_names": np.array(["age"])},
+    "'lab' is infinite in row 0": {"lab": np.full((40, 2), np.inf, np.float32)}, "notes are int64": {"notes": np.arange(40)},
+    "format 2 is not known": {"format": np.int64(2)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_study_files_are_refused_by_name(tmp_path, words):
+    path = write(tmp_path / "bad.npz", study(**BAD[words]))
+    with pytest.raises(Refused, match=words) as error:
+        data.load_study(path)
+    assert "bad.npz" in str(error.value)
+
+
+def test_files_that_are_no_npz_are_refused(tmp_path):
+    good = write(tmp_path / "good.npz", study()).read_bytes()
+    objects = tmp_path / "objects.npz"
+    np.savez(objects, labels=np.array([{"a": 1}], dtype=object), images=study()["images"])
+    flipped = bytearray(good)
+    flipped[len(good) // 3] ^= 16
+    for name, content in (("text", b"hello"), ("empty", b""), ("cut", good[: len(good) // 2]), ("flipped", bytes(flipped))):
+        (tmp_path / f"{name}.npz").write_bytes(content)
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for name in ("text.npz", "empty.npz", "cut.npz", "flipped.npz", "objects.npz", "array.npy", "absent.npz"):
+        with pytest.raises(Refused, match=name):
+            data.load_study(tmp_path / name)
+
+
+def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    data.write_atomic(path, "old")
+    monkeypatch.setattr(data.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError):
+        data.write_atomic(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

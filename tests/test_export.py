@@ -1,0 +1,281 @@
+"""Exported graphs against torch, serving without torch, and the refusal of changed folders and bad requests."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import export
+import train_mora
+from minilora import checkpoint, data, serve
+from minilora.data import Refused
+from minilora.mora import gates
+
+MODALITIES = ("image", "note", "vitals")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny):
+    return tiny[1] / "onnx"
+
+
+@pytest.fixture(scope="module")
+def diagnoser(folder):
+    return serve.Diagnoser(folder)
+
+
+def samples(n=9, seed=8):
+    """n phantoms of any size with whatever the missing table leaves them: (images, notes, vitals rows), None for missing."""
+    s = data.phantoms(n, seed, size=40)
+    present = data.missing_table(np.ones((n, 3), bool), MODALITIES, "any:0.8", seed)
+    pick = lambda values, m: [v if p else None for v, p in zip(values, present[:, m])]
+    return pick(s.images, 0), pick([str(t) for t in s.notes], 1), pick(s.numeric["vitals"], 2)
+
+
+def test_the_folder_is_complete_and_every_graph_is_valid(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert len(manifest["graphs"]) == 8 and manifest["modalities"] == list(MODALITIES)
+    assert set(manifest["files"]) | {"manifest.json"} == {p.name for p in folder.iterdir()}
+    for name, file in manifest["graphs"].items():
+        model = onnx.load(folder / file)
+        onnx.checker.check_model(model, full_check=True)
+        inputs = {i.name for i in model.graph.input}
+        assert inputs == ({*MODALITIES, "present"} if name == "mask" else set(name.split("+")))
+        assert {o.name for o in model.graph.output} == {"logits", "probabilities"}
+        assert {p.key: p.value for p in model.metadata_props}["pattern"] == name
+
+
+@pytest.mark.parametrize("method", ["head", "lora", "mora", "mora-open", "mora-all", "prompt", "full"])
+@pytest.mark.parametrize("absent", ["mask", "dummy"])
+def test_graphs_equal_torch_for_every_method_and_pattern(tmp_path, monkeypatch, tiny, method, absent):
+    """Against the live model with its presence mask, not the folded one that was traced; batches of 5 and 1."""
+    run = tmp_path / "r"
+    shutil.copytree(tiny[1], run, ignore=shutil.ignore_patterns("onnx", "picks"))
+    saved = checkpoint.load(run / "model.pt")
+    saved["config"]["absent"] = absent
+    adapter = checkpoint.load(run / f"adapters/{method}-s0.pt")
+    g = torch.Generator().manual_seed(0)  # a barely trained branch is nearly zero: make it count
+    adapter["state"] = {k: v + 0.3 * torch.randn(v.shape, generator=g) if ".mora." in k else v for k, v in adapter["state"].items()}
+    checkpoint.save(run / "model.pt", saved | {"adapter": adapter})
+    out = export.export_mora(run)
+    model = train_mora.build(saved["config"], saved["base"], method, adapter["rank"], 0, adapter["state"]).eval()
+    d = serve.Diagnoser(out)
+    example, _ = export.golden_inputs(saved["config"], [(1, 1, 1)], n=5)
+    seen = []
+    for name in d.manifest["graphs"]:
+        row = torch.tensor([[float(name == "mask" or m in name.split("+")) for m in MODALITIES]]).expand(5, 3)
+        row = torch.tensor([[1.0, 1, 0], [0, 1, 1], [1, 0, 0], [0, 0, 1], [1, 1, 1]]) if name == "mask" else row
+        with torch.no_grad():
+            wanted = model(example, row, gates(method, row))
+        seen.append(wanted)
+        for rows in ([0, 1, 2, 3, 4], [2], [1]):
+            feed = {k: v[rows].numpy() for k, v in example.items()} | {"present": row[rows].numpy()}
+            logits, probabilities = d.run(name, feed)
+            np.testing.assert_allclose(logits, wanted[rows], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(probabilities, wanted[rows].softmax(1), rtol=0, atol=1e-5)
+    assert min((a - b).abs().max() for i, a in enumerate(seen) for b in seen[:i]) > 1e-4  # patterns do differ
+
+
+def test_served_metrics_are_the_training_tables(tiny, capsys, tmp_path):
+    run = tiny[1]
+    serve.main(["predict", str(run / "onnx"), "--data", str(run / "phantoms.npz"), "--split", str(run / "split-s0.npz"),
+                "--missing", "image:0.5", "--out", str(tmp_path / "p.csv")])
+    said = capsys.readouterr().out
+    row = json.loads((run / "metrics.json").read_text())["methods"]["mora"]["by_test"]["image:0.5"]
+    for k in ("macro_f1", "auroc", "accuracy"):
+        assert f"{k.replace('_', '-')} {row[k][0]:.3f}" in said
+    assert "provider CPUExecutionProvider" in said and "synthetic" in said
+    lines = (tmp_path / "p.csv").read_text().splitlines()
+    assert len(lines) == 1 + 24 and lines[0].startswith("row,present,label,predicted,p(healthy)")
+
+
+def test_mixed_batches_equal_one_sample_at_a_time_and_the_mask_graph(diagnoser):
+    images, notes, vitals = samples()
+    together = diagnoser.predict(images, notes, vitals=vitals)
+    inputs, present = diagnoser.inputs(images, notes, {"vitals": vitals})
+    assert len(np.unique(present, axis=0)) > 3 and not present.all()
+    for i in range(len(images)):
+        alone = diagnoser.predict(images[i : i + 1], notes[i : i + 1], vitals=vitals[i : i + 1])
+        np.testing.assert_allclose(alone[0], together[i], rtol=0, atol=1e-6)
+    masked = diagnoser.run("mask", inputs | {"present": present.astype(np.float32)})[1]
+    np.testing.assert_allclose(masked, together, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(together.sum(1), 1, rtol=1e-5)
+
+
+def test_a_request_may_name_columns_and_leave_values_out(diagnoser):
+    nan = float("nan")
+    by_name = diagnoser.predict(vitals=[{"pulse": 90, "temperature": 38.5}])
+    np.testing.assert_array_equal(by_name, diagnoser.predict(vitals=[[38.5, nan, 90]]))
+    np.testing.assert_array_equal(diagnoser.predict(notes=["fever"], vitals=[[nan, nan, nan]]), diagnoser.predict(notes=["fever"]))
+    np.testing.assert_array_equal(diagnoser.predict(notes=["fever"], vitals=[None]), diagnoser.predict(notes=["fever"]))
+
+
+NO_TORCH = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'torch': raise ImportError('torch is not here')
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def test_prediction_and_check_where_importing_torch_raises(folder, tmp_path):
+    image = tmp_path / "x.npy"
+    np.save(image, data.phantoms(1, 3).images[0])
+    for script in ("from minilora.serve import main", "from export import main"):
+        for argv in (["check", str(folder)], ["predict", str(folder), "--image", str(image), "--temperature", "39"]):
+            code = f"{NO_TORCH}\n{script}\nmain({argv!r})\nassert 'torch' not in sys.modules"
+            done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            assert "CPUExecutionProvider" in done.stdout and ("passed" in done.stdout or "present: image, vitals" in done.stdout)
+
+
+def test_export_is_the_same_bytes_again(tiny, tmp_path):
+    again = export.export_mora(tiny[1], tmp_path / "again")
+    for p in (tiny[1] / "onnx").iterdir():
+        assert (again / p.name).read_bytes() == p.read_bytes(), p.name
+
+
+def test_check_passes_and_fails_on_other_outputs(folder, tmp_path, capsys):
+    serve_check = lambda path: serve.check(path)
+    assert serve_check(folder) <= serve.TOLERANCE and "passed" in capsys.readouterr().out
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    golden = data.read_npz(other / "golden.npz")
+    golden["logits image"] = golden["logits image"] + 1e-3
+    data.write_atomic(other / "golden.npz", data.npz_bytes(golden))
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["files"]["golden.npz"] = data.sha256(other / "golden.npz")
+    manifest["sha256"] = data.digest({k: v for k, v in manifest.items() if k != "sha256"})
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit) as stopped:
+        serve.main(["check", str(other)])
+    assert stopped.value.code == 1 and "FAILED" in capsys.readouterr().out
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "flip":
+        content[len(content) // 2] ^= 1
+    elif how == "cut":
+        content = content[: len(content) // 2]
+    path.write_bytes(content)
+    if how == "remove":
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+@pytest.mark.parametrize("name", ["image.onnx", "mask.onnx", "golden.npz", "manifest.json"])
+def test_a_changed_folder_is_refused_before_a_session_is_made(folder, tmp_path, capsys, monkeypatch, name, how):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    damage(other / name, how)
+    monkeypatch.setattr(serve.onnxruntime, "InferenceSession", lambda *a, **k: pytest.fail("a session was made"))
+    for command in (["check", str(other)], ["predict", str(other), "--note", "fever"]):
+        with pytest.raises(SystemExit) as stopped:
+            serve.main(command)
+        said = capsys.readouterr().err.strip()
+        assert stopped.value.code == 2 and "\n" not in said and (name in said or "manifest.json" in said)
+
+
+def test_a_manifest_cannot_reach_outside_its_folder(folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["files"]["../secret"] = "0"
+    manifest["sha256"] = data.digest({k: v for k, v in manifest.items() if k != "sha256"})
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(Refused, match="not a plain name"):
+        serve.Diagnoser(other)
+
+
+GREY = np.zeros((8, 8), np.uint8)
+REQUESTS = [({"images": [GREY.astype(np.float32)]}, "image of sample 0 is float32"), ({"images": [np.full((4, 4), np.nan)]}, "with NaN"),
+            ({"images": [np.zeros((4, 4, 4), np.uint8)]}, r"\[4, 4, 4\]"), ({"images": [np.zeros((0, 4), np.uint8)]}, r"\[0, 4\]"),
+            ({"images": [np.zeros((4, 4, 3), np.uint8)]}, "takes 1 channel"), ({"notes": [5]}, "note of sample 0 is int"),
+            ({"images": [GREY, None], "notes": ["a", " "]}, "sample 1 has nothing"), ({}, "no modality"), ({"notes": []}, "note 0"),
+            ({"images": [GREY], "notes": ["a", "b"]}, "image 1, note 2"), ({"sound": [[1.0]]}, "'sound' is not of this model"),
+            ({"vitals": [[1.0, 2.0]]}, "need 3 finite numbers"), ({"vitals": [[1, 2, float("inf")]]}, "need 3 finite"),
+            ({"vitals": [{"fever": 1}]}, "column 'fever' is not known"), ({"vitals": [["a", "b", "c"]]}, "not a row of numbers")]  # fmt: skip
+
+
+@pytest.mark.parametrize("request_,words", REQUESTS, ids=[w for _, w in REQUESTS])
+def test_bad_requests_are_refused_and_the_next_good_one_is_answered(diagnoser, request_, words):
+    before = diagnoser.predict(notes=["fever"])
+    with pytest.raises(ValueError, match=words):
+        diagnoser.predict(**request_)
+    np.testing.assert_array_equal(diagnoser.predict(notes=["fever"]), before)
+
+
+def test_bad_graph_inputs_are_refused(diagnoser):
+    ids = np.ones((1, diagnoser.manifest["positions"]), np.int64)
+    for bad in (-1, diagnoser.manifest["buckets"], 2**40):
+        with pytest.raises(Refused, match="word ids"):
+            diagnoser.run("note", {"note": ids * bad})
+    with pytest.raises(Refused, match="shape"):
+        diagnoser.run("note", {"note": ids[:, :2]})
+    with pytest.raises(Refused, match="needs input 'note'"):
+        diagnoser.run("note", {})
+
+
+def test_command_lines_are_refused_in_one_line(folder, tiny, refused, tmp_path, monkeypatch):
+    picture = tiny[0] / "x.png"
+    picture.write_bytes(b"not a picture")
+    assert "no such file" in refused(serve.main, "predict", folder, "--image", "absent.png")
+    assert "not a readable picture" in refused(serve.main, "predict", folder, "--image", picture)
+    assert "nothing to diagnose" in refused(serve.main, "predict", folder)
+    assert "no manifest.json" in refused(serve.main, "predict", tiny[0], "--note", "a")
+    assert "absent.npz" in refused(serve.main, "predict", folder, "--data", "absent.npz")
+    assert "'tpu'" in refused(serve.main, "predict", folder, "--note", "a", "--device", "tpu")
+    data.save_study(tiny[0] / "other.npz", data.phantoms(30, 1).select(("labs",)))
+    assert "other.npz: has labs" in refused(serve.main, "predict", folder, "--data", tiny[0] / "other.npz")
+    assert "no such file" in refused(export.main, "mora", "absent")
+    assert "cannot be served" in refused(export.main, "mora", tiny[1], "--method", "mora-shuffled")
+    assert "this run has full-s0" in refused(export.main, "mora", tiny[1], "--seed", "5")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert "pip install 'minilora[pictures]'" in refused(serve.main, "predict", folder, "--image", picture)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_that_does_not_load_is_refused(folder, refused):
+    assert "device 'cuda'" in refused(serve.main, "predict", folder, "--note", "fever", "--device", "cuda")
+
+
+def test_a_picture_is_predicted_like_its_array(folder, tmp_path, capsys):
+    pil = pytest.importorskip("PIL.Image")
+    image = data.phantoms(1, 3).images[0]
+    pil.fromarray(image).save(tmp_path / "x.png")
+    np.save(tmp_path / "x.npy", image)
+    said = []
+    for name in ("x.png", "x.npy"):
+        serve.main(["predict", str(folder), "--image", str(tmp_path / name), "--note", "fever"])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "present: image, note" in said[0] and "not a diagnosis of anybody" in said[0]
+
+
+def test_five_modalities_get_graphs_for_the_patterns_of_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    s = data.phantoms(240, 4)
+    s.numeric["more"], s.columns["more"] = s.numeric["labs"].copy(), ["weight", "height"]
+    data.save_study("five.npz", s)
+    train_mora.main([*TINY, "--methods", "head", "mora", "--out", "r", "--data", "five.npz", "--missing", "image:0.5"])
+    d = serve.Diagnoser(export.export_mora("r"))
+    assert set(d.manifest["graphs"]) == {"mask", "image+note+vitals+labs+more", "note+vitals+labs+more"}
+    assert d.predict(notes=["fever"]).shape == (1, 4)  # through the mask graph
+
+
+def test_an_interrupted_export_leaves_the_old_folder(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "onnx"
+    out.mkdir()
+    (out / "mine").write_text("kept")
+    monkeypatch.setattr(export, "to_onnx", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        export.export_mora(tiny[1], out)
+    assert os.listdir(tmp_path) == ["onnx"] and (out / "mine").read_text() == "kept"

@@ -1,0 +1,258 @@
+"""The training script: what a run leaves behind, that it repeats and resumes to the byte, and what it refuses."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA, TINY
+
+import train_mora
+from minilora import checkpoint, data
+from minilora.data import Refused
+
+SHORT = [*TINY, "--methods", "head", "mora"]
+
+
+def files(folder, *names):
+    return {n: (folder / n).read_bytes() for n in names}
+
+
+def test_a_run_folder_holds_what_the_design_says(tiny):
+    folder, run = tiny
+    report = json.loads((run / "metrics.json").read_text())
+    assert report["format"] == 1 and report["kind"] == "mora" and report["synthetic"] and report["seeds"] == [0]
+    assert set(report["methods"]) == set(train_mora.METHODS)
+    for m in report["methods"].values():
+        assert set(m["by_test"]) == {"any:0.7", "image:0.5"} and len(m["macro_f1"]) == 1 and 0 <= m["macro_f1"][0] <= 1
+        rows = m["by_test"]["any:0.7"]["by_pattern"]
+        assert sum(p["n"][0] for p in rows.values()) == 24
+    mora = report["methods"]["mora"]
+    assert mora["adapter_params"] == [16 * 4 * 4] == report["methods"]["lora"]["adapter_params"]
+    assert mora["ranks"] == [{"blocks.0": 4}] and report["methods"]["mora-all"]["ranks"] == [{"blocks.0": 4, "blocks.1": 4}]
+    drawn = data.read_npz(run / "split-s0.npz")
+    assert sorted(np.concatenate([drawn[k] for k in ("train", "val", "test")])) == list(range(240))
+    assert drawn["present image:0.5"].shape == (240, 3)
+    steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert {s["method"] for s in steps} == set(train_mora.METHODS) and steps[-1]["step"] == 12
+    assert json.loads((run / "timings.json").read_text()) and not (run / "last.pt").exists()
+    assert json.loads((run / "config.json").read_text())["steps"] == "12"
+    assert (run / "macro_f1.png").stat().st_size > 5000
+
+
+def test_model_pt_rebuilds_the_model_alone(tiny):
+    folder, run = tiny
+    saved = checkpoint.load(run / "model.pt", "mora")
+    adapter = saved["adapter"]
+    model = train_mora.build(saved["config"], saved["base"], adapter["method"], adapter["rank"], 0, adapter["state"])
+    study = data.load_study(run / "phantoms.npz").select(("image", "note", "vitals"))
+    scales = {k: [np.array(x, np.float32) for x in v] for k, v in adapter["scales"].items()}
+    inputs = train_mora.on("cpu", data.model_inputs(study, *train_mora.input_sizes(saved["config"]), scales))
+    drawn = data.read_npz(run / "split-s0.npz")
+    present = torch.from_numpy(drawn["present any:0.7"].astype(np.float32))
+    task = {"inputs": inputs, "labels": torch.from_numpy(study.labels)}
+    p = train_mora.predict(model, "mora", task, drawn["test"], present, present)
+    report = json.loads((run / "metrics.json").read_text())
+    assert (p.argmax(1) == study.labels[drawn["test"]]).mean() == report["methods"]["mora"]["accuracy"][0]
+
+
+def test_same_seed_same_bytes_and_resume_shows_it_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_mora.main([*SHORT, "--out", "one"])
+    train_mora.main([*SHORT, "--out", "two"])
+    names = ("metrics.json", "model.pt", "log.jsonl", "split-s0.npz", "config.json", "adapters/mora-s0.pt")
+    assert files(tmp_path / "one", *names) == files(tmp_path / "two", *names)
+    capsys.readouterr()
+    train_mora.main([*SHORT, "--out", "one", "--resume"])
+    assert "MoRA" in capsys.readouterr().out and files(tmp_path / "one", *names) == files(tmp_path / "two", *names)
+
+
+@pytest.mark.parametrize("stop_at", [3, 17, 31])  # in pretraining, in `head`, in `mora`
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, capsys, stop_at):
+    monkeypatch.chdir(tmp_path)
+    argv = [a if a != "12" else "14" for a in SHORT]
+    monkeypatch.setattr(train_mora, "LOG_EVERY", 5)  # a window of the log spans the stop
+    train_mora.main([*argv, "--out", "whole"])
+    (tmp_path / "runs").rename(tmp_path / "aside")
+    draw, calls = train_mora.rows_at, []
+
+    def rows_at(*args):
+        calls.append(args)
+        if len(calls) == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw(*args)
+
+    monkeypatch.setattr(train_mora, "rows_at", rows_at)
+    with pytest.raises(SystemExit) as stopped:
+        train_mora.main([*argv, "--out", "cut"])
+    assert stopped.value.code == 130 and "--resume" in capsys.readouterr().out
+    assert len(calls) == stop_at  # it finished the step and stopped
+    train_mora.main([*argv, "--out", "cut", "--resume"])
+    assert len(calls) == 10 + 14 + 14  # no step was done twice
+    names = ("metrics.json", "model.pt", "log.jsonl", "adapters/head-s0.pt", "adapters/mora-s0.pt")
+    assert files(tmp_path / "cut", *names) == files(tmp_path / "whole", *names)
+
+
+def test_a_second_interrupt_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), checkpoint.Stopper() as stop:
+        timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.code == 143
+        timer.start()
+        time.sleep(5)
+
+
+def test_rates_are_picked_on_validation_and_the_winner_is_not_trained_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = SHORT[: SHORT.index("--lr")] + ["--methods", "head", "mora"]
+    trained = []
+    adapt = train_mora.adapt
+    monkeypatch.setattr(train_mora, "adapt", lambda cfg, model, *a: (trained.append(a[:3]), adapt(cfg, model, *a))[1])
+    train_mora.main([*argv, "--out", "r", "--seeds", "2"])
+    assert len(trained) == 2 * (3 + 1)
+    report = json.loads((tmp_path / "r/metrics.json").read_text())
+    for name, m in report["methods"].items():
+        assert m["lr_grid"][f"{m['lr']:g}"] == max(m["lr_grid"].values()) and len(m["lr_grid"]) == 3
+        assert f"{name}: learning rate {m['lr']:g}, picked on seed 0's validation split" in capsys.readouterr().out or True
+        kept = checkpoint.load(tmp_path / f"r/adapters/{name}-s0.pt")
+        assert kept["lr"] == m["lr"] and kept["seed"] == 0
+
+
+def test_a_locked_head_is_the_one_that_head_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_mora.main([*SHORT, "--out", "r", "--head", "locked"])
+    head, mora = (checkpoint.load(tmp_path / f"r/adapters/{m}-s0.pt")["state"] for m in ("head", "mora"))
+    assert head.keys() < mora.keys() and all(torch.equal(head[k], mora[k]) for k in head)
+    assert mora["blocks.0.mora.up"].abs().max() > 0
+
+
+def test_several_findings_with_unlabelled_ones(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    s = data.phantoms(240, 4)
+    s.labels = np.stack([s.labels == c for c in range(4)], 1).astype(np.int64)
+    s.labels[:5] = -1
+    s.labels[5:50, 2] = -1
+    data.save_study("several.npz", s)
+    train_mora.main([*SHORT, "--out", "r", "--data", "several.npz", "--test-missing", "any:0.3", "vitals:1"])
+    assert "5 unlabelled" in capsys.readouterr().out
+    report = json.loads((tmp_path / "r/metrics.json").read_text())
+    assert 0 < report["methods"]["mora"]["auroc"][0] < 1 and not report["synthetic"]
+
+
+def test_colour_images_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    s = data.phantoms(240, 4).select(("image",))
+    s.images = np.stack([s.images] * 3, 3)
+    data.save_study("rgb.npz", s)
+    train_mora.main([*SHORT, "--out", "r", "--data", "rgb.npz"])
+    saved = checkpoint.load(tmp_path / "r/model.pt", "mora")
+    assert saved["config"]["channels"] == 3 and saved["config"]["modalities"] == ("image",)
+
+
+def test_a_base_can_be_pretrained_on_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data.save_study("source.npz", data.phantoms(100, 5, "source").select(("image", "note")))
+    train_mora.main([*SHORT, "--out", "r", "--source", "source.npz"])
+    assert len(list((tmp_path / "runs/base").glob("vit-*.pt"))) == 1
+
+
+def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_mora.main([*SHORT, "--dry-run"])
+    said = capsys.readouterr().out
+    assert "ms a step" in said and "memory" in said and "min on cpu" in said and list(tmp_path.iterdir()) == []
+
+
+def test_a_nan_loss_stops_with_step_and_samples(tmp_path, monkeypatch, refused):
+    loss, calls = train_mora.diagnosis_loss, []
+
+    def broken(logits, labels):
+        calls.append(0)
+        return loss(logits, labels) * (float("nan") if len(calls) == 7 else 1)
+
+    monkeypatch.setattr(train_mora, "diagnosis_loss", broken)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        train_mora.main([*SHORT, "--out", "r"])
+    assert stopped.value.code == 2
+
+
+def test_the_loss_check_names_step_and_samples():
+    losses = torch.tensor([1.0, 2.0, float("nan"), float("nan")])
+    with pytest.raises(Refused, match=r"nan at step 12, samples \[12, 24\]"):
+        train_mora.finite(losses, 10, "job", lambda step: np.array([step, 2 * step]))
+
+
+def test_conclusion_is_computed_and_admits_defeat():
+    method = lambda *v: {"macro_f1": list(v)}
+    report = {"seeds": [0, 1], "synthetic": True, "synthetic_notes": True,
+              "methods": {"head": method(0.4, 0.5), "lora": method(0.6, 0.7), "mora": method(0.5, 0.6), "mora-open": method(0.4, 0.65)}}
+    said = train_mora.conclusion(report)
+    assert "MoRA beats head-only (2 of 2 seeds, mean +0.100 macro-F1)." in said
+    assert any("does NOT beat lora" in s and "-0.100" in s for s in said)
+    assert any("does NOT reliably beat mora-open" in s and "1 of 2 seeds" in s for s in said)
+    assert any("synthetic notes" in s for s in said)
+    report["seeds"] = [0]
+    assert any("One seed: an illustration" in s for s in train_mora.conclusion(report))
+
+
+BAD = [(["--data", "absent.npz"], "absent.npz: no such file"), (["--methods", "dora"], "'dora' is not known"),
+       (["--missing", "image:2"], "outside"), (["--missing", "sound:0.1"], "'sound'"), (["--test-missing", "any:0.1", "both:7"], "outside"),
+       (["--modalities", "image", "sound"], "'sound' is not in"), (["--image-size", "30"], "30 is not divisible by the patch size 8"),
+       (["--width", "30", "--heads", "4"], "30 is not divisible by 4 heads"), (["--absent", "gone"], "'gone'"), (["--head", "off"], "'off'"),
+       (["--head", "locked", "--methods", "mora", "head"], "head"), (["--keep", "mora:7"], "mora:7"), (["--lr", "fast"], "'fast'"), (["--lr", "dora:0.1"], "dora"),
+       (["--seeds", "0"], "--seeds is 0"), (["--device", "tpu9"], "tpu9"), (["--synthetic-notes"], "phantoms have reports"),
+       (["--methods", "mora", "mora"], "none twice"), (["--phantoms", "0"], "--phantoms is 0")]  # fmt: skip
+
+
+@pytest.mark.parametrize("argv,words", BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_arguments_are_refused_in_one_line(refused, argv, words):
+    assert words in refused(train_mora.main, "--out", "r", *argv)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_without_cuda_is_refused(refused):
+    assert "device 'cuda'" in refused(train_mora.main, "--device", "cuda")
+
+
+def test_a_folder_of_another_run_is_refused(tiny, refused, tmp_path):
+    _, run = tiny
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert "another configuration (" in refused(train_mora.main, *SHORT, "--out", run)
+    same = [*TINY, "--out", run, "--modalities", "image", "note", "vitals", "--test-missing", "any:0.7", "image:0.5", "--methods", *train_mora.METHODS]
+    assert "--resume" in refused(train_mora.main, *same)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_damaged_checkpoints_are_refused(tiny, tmp_path):
+    good = (tiny[1] / "model.pt").read_bytes()
+    checkpoint.save(tmp_path / "other.pt", {"format": 1, "kind": "base"})
+
+    class Attack:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "attacked"),))
+
+    torch.save({"kind": "mora", "format": 1, "x": Attack()}, tmp_path / "attack.pt")
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    for name, content in (("cut", good[:-100]), ("half", good[: len(good) // 2]), ("flipped", bytes(flipped)), ("empty", b""), ("text", b"x" * 99)):
+        (tmp_path / f"{name}.pt").write_bytes(content)
+    for name in ("cut", "half", "flipped", "empty", "text", "other", "attack", "absent"):
+        with pytest.raises(Refused, match=f"{name}.pt"):
+            checkpoint.load(tmp_path / f"{name}.pt", "mora")
+    assert not (tmp_path / "attacked").exists()
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the real X-rays are not at hand")
+@pytest.mark.parametrize("argv", [["--data", str(DATA / "covid_cxr.npz"), "--positions", "12"],
+                                  ["--data", str(DATA / "pneumoniamnist.npz"), "--synthetic-notes"]], ids=["covid", "pneumonia"])
+def test_real_files_run_to_the_end(tmp_path, monkeypatch, capsys, argv):
+    monkeypatch.chdir(tmp_path)
+    train_mora.main([*SHORT, "--out", "r", *argv])
+    said = capsys.readouterr().out
+    assert ("synthetic notes" in said) == ("--synthetic-notes" in argv) and "MoRA" in said
+    assert (tmp_path / "r/model.pt").exists() and not (tmp_path / "r/phantoms.npz").exists()
