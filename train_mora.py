@@ -67,7 +67,7 @@ class Config:
     buckets: int = 2048  # Hash buckets for words.
     positions: int = 0  # Word positions of a note; 0: what the longest note needs, at most 64. Longer notes are cut.
     pretrain_steps: int = 1200  # Steps of pretraining on the source, once; the base is cached under runs/base.
-    phantoms: int = 8000  # Phantoms to draw where no --data is given.
+    phantoms: int = 8000  # Phantoms to draw of a domain where no file is given.
     device: str = "auto"  # auto, cpu, cuda or cuda:N.
     resume: bool = False  # Go on with the run in --out, or show it again if it is finished.
     dry_run: bool = False  # Print counts, parameters, memory and an estimate of time, and stop.
@@ -134,6 +134,10 @@ def adapt(cfg, model, method, seed, lr, task, device, log, last, stop):
         start, began = restore(saved, model, optimizer, schedule), began - saved["seconds"]
         losses[:start] = saved["losses"]
         log.cut(saved["log"])
+    keep = lambda done: checkpoint.save(last, resume_state(model, optimizer, schedule, done) | {
+        "job": job, "seconds": time.monotonic() - began, "log": log.size, "losses": losses[:done].cpu()})
+    if not start:
+        keep(0)  # from here on a killed run knows where its log ends
     rows_of = lambda step: task["train"][rows_at(seed, step, len(task["train"]), cfg.batch)]
     progress = checkpoint.Progress(f"{method} s{seed} lr {lr:g}", cfg.steps, start)
     for step in range(start, cfg.steps):
@@ -155,8 +159,7 @@ def adapt(cfg, model, method, seed, lr, task, device, log, last, stop):
         if progress.due(done):
             progress.show(done, f"loss {finite(losses[start:done], start, job, rows_of)[-1]:.3f}")
         if stop.code or (done % SAVE_EVERY == 0 and done < cfg.steps):
-            extra = {"job": job, "seconds": time.monotonic() - began, "log": log.size, "losses": losses[:done].cpu()}
-            checkpoint.save(last, resume_state(model, optimizer, schedule, done) | extra)
+            keep(done)
         if stop.code:
             raise checkpoint.Stopped(stop.code)
     return time.monotonic() - began
@@ -252,7 +255,7 @@ def read_source(cfg, target):
         source = source.take(source.labelled & source.have().all(1))
         source.attributes = {f"label {i}": c for i, c in enumerate(np.atleast_2d(source.labels.T))}
     else:
-        source = data.phantoms(8000, 1, "source", cfg.image_size)
+        source = data.phantoms(cfg.phantoms, 1, "source", cfg.image_size)
         groups = dict(zip(target.numeric, itertools.cycle(source.numeric)))  # {target's name: the phantoms' name}
         source.numeric = {m: source.numeric[g] for m, g in groups.items()}
         source.columns = {m: source.columns[g] for m, g in groups.items()}

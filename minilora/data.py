@@ -247,8 +247,9 @@ def _checked(study, need_every_sample=True):
     if len(set(lengths.values())) > 1:
         raise Refused("lengths differ: " + ", ".join(f"{k} {v}" for k, v in lengths.items()))
     high = 1 if study.multilabel else classes - 1
-    if n == 0 or labels.min() < -1 or labels.max() > high or (study.multilabel and labels.shape[1] != classes):
-        span = f"{labels.min()}..{labels.max()}" if n else "empty"
+    wide = study.multilabel and labels.shape[1] != classes
+    if labels.size == 0 or labels.min() < -1 or labels.max() > high or wide:
+        span = f"{labels.min()}..{labels.max()}" if labels.size else "empty"
         raise Refused(f"labels are {span}, shape {list(labels.shape)}; need -1..{high} for {classes} classes")
     seen = labels[study.labelled]
     if study.multilabel:
@@ -514,11 +515,10 @@ def words_of(note):
 
 
 def resize(images, size):
-    """uint8 [...,H,W,(3)] batch or single image -> uint8 [...,size,size,(3)], bilinear, antialiased when it shrinks.
+    """uint8 [N,H,W] or [N,H,W,3] -> [N,size,size] or [N,size,size,3]: bilinear, antialiased where it shrinks.
 
-    The one resize of training and serving. Both axes are scaled to `size`, whatever the aspect ratio. A 2-D array is
-    one grey image; a 3-D array is a batch of grey images unless its last axis is 3 and is then taken as one RGB image
-    only by `prepare_images`."""
+    The one resize of training and serving. Each axis is scaled to `size`, whatever the aspect ratio.
+    """
     images = np.asarray(images)
     colour = images.ndim == 4
     planes = np.moveaxis(images, 3, 1) if colour else images  # [...,H,W]

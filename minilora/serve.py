@@ -205,7 +205,7 @@ def check(folder, device="auto"):
     diagnoser = Diagnoser(folder, device)
     golden, worst = data.read_npz(Path(folder) / "golden.npz"), 0.0
     inputs = {k: v for k, v in golden.items() if " " not in k}
-    print(f"{folder}: {len(diagnoser.manifest['files'])} files as the manifest says; provider {diagnoser.provider}")
+    print(f"{len(diagnoser.manifest['files'])} files are what the manifest says; provider {diagnoser.provider}")
     for graph in diagnoser.manifest["graphs"]:
         wanted, error = (golden[f"logits {graph}"], golden[f"probabilities {graph}"]), 0.0
         n = len(wanted[0])
