@@ -79,10 +79,11 @@ class Config:
 def pretrain(cfg, source, vit_config, device, path, stop):
     """Train encoder and pooler on the source's attributes, a linear reader each, complete samples only.
 
-    Returns the state without head, cached in `path`; an interrupted pretraining goes on from its .last.pt.
+    Returns what is cached in `path`: the state without head, and the readers, which can judge images later. An
+    interrupted pretraining goes on from its .last.pt.
     """
     if path.exists():
-        return checkpoint.load(path, "base")["state"]
+        return checkpoint.load(path, "base")
     scales = numeric_scales(source, np.arange(len(source)))
     inputs = on(device, data.model_inputs(source, *input_sizes(vit_config), scales))
     targets = on(device, source.attributes)
@@ -115,9 +116,10 @@ def pretrain(cfg, source, vit_config, device, path, stop):
         if stop.code:
             raise checkpoint.Stopped(stop.code)
     state = {k: v.cpu() for k, v in vit.state_dict().items() if not k.startswith("head.")}
-    checkpoint.save(path, {"format": 1, "kind": "base", "config": vit_config, "state": state})
+    content = {"format": 1, "kind": "base", "config": vit_config, "state": state, "readers": readers.state_dict()}
+    checkpoint.save(path, content)
     last.unlink(missing_ok=True)
-    return state
+    return checkpoint.load(path, "base")
 
 
 def adapt(cfg, model, method, seed, lr, task, device, log, last, stop):
@@ -642,7 +644,7 @@ def run(cfg, stop):
                              "attributes": sorted(source.attributes), "steps": cfg.pretrain_steps, "batch": cfg.batch,
                              "synthetic notes": source.synthetic_notes})[:16]
     base = pretrain(cfg, source, base_config, device, Path(f"runs/base/vit-{base_hash}.pt"), stop)
-    ctx = {"device": device, "study": study, "drawn": drawn, "vit": vit_config, "base": base, "stop": stop,
+    ctx = {"device": device, "study": study, "drawn": drawn, "vit": vit_config, "base": base["state"], "stop": stop,
            "log": checkpoint.Log(cfg.out / "log.jsonl")}
     picked, results = {}, {method: [] for method in cfg.methods}
     for seed in range(cfg.seeds):  # seed by seed: the first whole comparison is there early
@@ -656,7 +658,8 @@ def run(cfg, stop):
     seen = np.concatenate([d["tables"][cfg.missing][d["parts"]["train"]] for d in drawn.values()])
     patterns, counts = np.unique(seen, axis=0, return_counts=True)
     checkpoint.save(cfg.out / "model.pt", {
-        "format": 1, "kind": "mora", "config": vit_config, "base": base, "base_hash": base_hash,
+        "format": 1, "kind": "mora", "config": vit_config, "base": base["state"], "base_hash": base_hash,
+        "readers": base["readers"],
         "class_names": study.class_names, "multilabel": study.multilabel, "columns": study.columns,
         "data": identity["data"] or study.name, "synthetic": study.synthetic, "synthetic_notes": study.synthetic_notes,
         "patterns": patterns[np.argsort(-counts, kind="stable")].astype(int).tolist(),  # of training, frequent first
