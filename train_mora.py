@@ -8,7 +8,6 @@ The script reads downward. The lesson is `adapt`: zero_grad, forward, loss, back
 """
 
 import itertools
-import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 import tyro
 
 from minilora import checkpoint, data, metrics
+from minilora.checkpoint import finite, on, restore, resume_state, rows_at, warm_cosine
 from minilora.data import Refused
 from minilora.mora import METHODS, adapter_parameters, attach, branch_ranks, gates
 from minilora.vit import ViT
@@ -185,52 +185,6 @@ def predict(model, method, task, rows, present, shuffled):
         logits = model(batch, present[part], gates(method, present[part], shuffled[part])).double()
         out.append(logits.sigmoid() if task["labels"].ndim == 2 else logits.softmax(1))
     return torch.cat(out).cpu().numpy()
-
-
-# --------------------------------------------------------------------------------------------------- steps of the loops
-
-
-def warm_cosine(steps):
-    """Learning-rate factor by step: up over the first tenth, then down a cosine to 0."""
-    warm = max(1, steps // 10)
-    through = lambda step: min(1.0, max(0, step - warm) / max(1, steps - warm))
-    return lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * through(step)))
-
-
-def rows_at(seed, step, n, batch):
-    """The batch of a step, [batch] positions in n: drawn from (seed, step) alone."""
-    return np.random.default_rng((seed, step)).integers(0, n, batch)
-
-
-def on(device, arrays):
-    """{name: array} -> {name: tensor on the device}."""
-    return {k: torch.from_numpy(np.ascontiguousarray(v)).to(device) for k, v in arrays.items()}
-
-
-def finite(losses, first, what, rows_of):
-    """The losses from step `first` on, read off the device; `Refused` with step and samples if one is not finite."""
-    losses = losses.cpu()
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        step = first + int(bad[0])
-        raise Refused(f"{what}: the loss is {losses[int(bad[0])]:g} at step {step}, samples {rows_of(step).tolist()}; "
-                      "lower --lr or look at these samples")
-    return losses
-
-
-def resume_state(model, optimizer, schedule, step):
-    """What a loop needs to go on after `step` steps: only what trains, its optimizer, its schedule."""
-    state = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    return {"format": 1, "kind": "resume", "step": step, "state": state, "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict()}
-
-
-def restore(saved, model, optimizer, schedule):
-    """Undo `resume_state`; returns the step to go on with."""
-    model.load_state_dict(saved["state"], strict=False)
-    optimizer.load_state_dict(saved["optimizer"])
-    schedule.load_state_dict(saved["schedule"])
-    return saved["step"]
 
 
 # ------------------------------------------------------------------------------------------------------ data and models
@@ -499,7 +453,7 @@ def figure(report, path):
             ax.bar(i, values.mean(), color=f"C{i}", alpha=0.35, width=0.7)
             ax.plot([i] * values.shape[1], values[0], "o", ms=5, color=f"C{i}")
     if len(tests) > 1:
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         ax.set_xlabel("missing at test time")
     else:
         ax.set_xticks(range(len(methods)), list(methods), rotation=20)

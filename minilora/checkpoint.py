@@ -1,10 +1,11 @@
-"""Run folders and checkpoints: atomic save, checked load, the log, the progress line, and stopping without loss.
+"""Run folders and what every training loop shares: atomic save, checked load, log, progress, stopping without loss.
 
 Plumbing that both training scripts share; skip it when you read for the method.
 """
 
 import io
 import json
+import math
 import signal
 import sys
 import time
@@ -170,3 +171,46 @@ class Stopper:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def warm_cosine(steps):
+    """Learning-rate factor by step: up over the first tenth, then down a cosine to 0."""
+    warm = max(1, steps // 10)
+    through = lambda step: min(1.0, max(0, step - warm) / max(1, steps - warm))
+    return lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * through(step)))
+
+
+def rows_at(seed, step, n, batch):
+    """The batch of a step, [batch] positions in n: drawn from (seed, step) alone."""
+    return np.random.default_rng((seed, step)).integers(0, n, batch)
+
+
+def on(device, arrays):
+    """{name: array} -> {name: tensor on the device}."""
+    return {k: torch.from_numpy(np.ascontiguousarray(v)).to(device) for k, v in arrays.items()}
+
+
+def finite(losses, first, what, rows_of):
+    """The losses from step `first` on, read off the device; `Refused` with step and samples if one is not finite."""
+    losses = losses.cpu()
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        step = first + int(bad[0])
+        raise Refused(f"{what}: the loss is {losses[int(bad[0])]:g} at step {step}, samples {rows_of(step).tolist()}; "
+                      "lower --lr or look at these samples")
+    return losses
+
+
+def resume_state(model, optimizer, schedule, step):
+    """What a loop needs to go on after `step` steps: only what trains, its optimizer, its schedule."""
+    state = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return {"format": 1, "kind": "resume", "step": step, "state": state, "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict()}
+
+
+def restore(saved, model, optimizer, schedule):
+    """Undo `resume_state`; returns the step to go on with."""
+    model.load_state_dict(saved["state"], strict=False)
+    optimizer.load_state_dict(saved["optimizer"])
+    schedule.load_state_dict(saved["schedule"])
+    return saved["step"]
