@@ -94,7 +94,9 @@ def export_mora(run, out=None, method=None, seed=None):
     saved, model = load_run(run, method, seed)
     config, adapter = saved["config"], saved["adapter"]
     modalities, method = list(config["modalities"]), adapter["method"]
-    out = Path(out or Path(run) / "onnx")
+    out = Path(out or Path(run) / "onnx").resolve()
+    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise Refused(f"{out}: exists and is not an exported folder; choose another --out")
     work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     work.mkdir(parents=True)
     if len(modalities) <= 4:
@@ -125,12 +127,13 @@ def export_mora(run, out=None, method=None, seed=None):
             to_onnx(graph, inputs, work / graphs[name], about | {"pattern": name})
             print(f"{name:32s} {(work / graphs[name]).stat().st_size / 1024:8.0f} KiB", flush=True)
         data.write_atomic(work / "golden.npz", data.npz_bytes(golden))
+        scales = adapter["scales"].items()
+        numeric = {m: {"columns": saved["columns"][m], "mean": mean, "scale": scale} for m, (mean, scale) in scales}
         manifest = {"format": 1, "kind": "mora", "method": method, "seed": adapter["seed"], "modalities": modalities,
                     "classes": saved["class_names"], "multilabel": saved["multilabel"], "absent": config["absent"],
                     "image_size": config["image_size"], "channels": config["channels"], "buckets": config["buckets"],
                     "positions": config["positions"], "tokenizer": "crc32", "ranks": branch_ranks(adapter["state"]),
-                    "numeric": {m: {"columns": saved["columns"][m], "mean": mean, "scale": scale} for m,
-                                (mean, scale) in adapter["scales"].items()}, "graphs": graphs,
+                    "numeric": numeric, "graphs": graphs,
                     "files": {p.name: data.sha256(p) for p in sorted(work.iterdir())}, "opset": OPSET,
                     "base": saved["base_hash"], "data": saved["data"], "synthetic": saved["synthetic"],
                     "synthetic_notes": saved["synthetic_notes"],
@@ -140,9 +143,11 @@ def export_mora(run, out=None, method=None, seed=None):
         data.write_atomic(work / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         if serve.check(work, "cpu") > serve.TOLERANCE:
             raise Refused(f"{out}: not written, the graphs differ from torch by more than {serve.TOLERANCE:.0e}")
-        if out.exists():
-            shutil.rmtree(out)
+        old = out.with_name(f".{out.name}.{os.getpid()}.old")
+        if out.exists():  # renamed, not removed: the old export is never gone before the new one is there
+            os.replace(out, old)
         os.replace(work, out)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return out

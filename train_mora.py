@@ -35,22 +35,18 @@ class Config:
     # Study file (.npz) or a MedMNIST file; default: phantoms of the target domain, which are synthetic.
     data: Path | None = None
     source: Path | None = None  # Study file that the base is pretrained on; default: phantoms of the source domain.
-    # Which modalities to use; default: all that the file has, and image and note of the phantoms (which have vitals
-    # and labs too).
+    # Which to use; default: all that the file has; of the phantoms image and note (they have vitals and labs too).
     modalities: tuple[str, ...] = ()
     synthetic_notes: bool = False  # Attach templated notes, right 80% of the time, to a file that has none.
-    # Of head, lora, mora, mora-open, mora-shuffled, mora-all, prompt, full. `head` is the baseline of every
-    # difference.
+    # Of head (the baseline of every difference), lora, mora, mora-open, mora-shuffled, mora-all, prompt, full.
     methods: tuple[str, ...] = ("head", "lora", "mora", "mora-open", "full")
     seeds: int = 3  # Runs per method; a seed sets split, missing table, initial adapter and batches.
     # TYPE:RATE for training and validation; TYPE is a modality that is lost, `any`, or `both` (any of two).
     missing: str = "any:0.7"
     test_missing: tuple[str, ...] = ()  # TYPE:RATE of each test row; default: as in training.
-    # `mask` hides an absent modality from attention; `dummy` puts an all-ones image or an empty note there, as the
-    # paper does.
+    # `mask` hides an absent modality from attention; `dummy` shows an all-ones image, an empty note (the paper's way).
     absent: str = "mask"
-    # `trained` with the adapter, or `locked`: trained first by method `head`, then frozen, so that the adapter alone
-    # adapts.
+    # `trained` with the adapter, or `locked`: the head that method `head` trained, frozen, so the adapter alone adapts.
     head: str = "trained"
     rank: int = 4  # Rank of the MoRA branch; the other adapters get as many parameters.
     steps: int = 600  # Adaptation steps.
@@ -104,7 +100,7 @@ def pretrain(cfg, source, vit_config, device, path, stop):
         rows = torch.from_numpy(rows_of(step)).to(device)
         optimizer.zero_grad()
         features = vit.features({m: x[rows] for m, x in inputs.items()}, present)
-        loss = sum(F.cross_entropy(r(features), targets[k][rows], ignore_index=-1) for k, r in readers.items())
+        loss = sum(known_loss(reader(features), targets[k][rows]) for k, reader in readers.items())
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -112,6 +108,7 @@ def pretrain(cfg, source, vit_config, device, path, stop):
         if progress.due(step + 1):
             progress.show(step + 1, f"loss {finite(losses[start : step + 1], start, 'pretraining', rows_of)[-1]:.3f}")
         if stop.code or (step + 1) % SAVE_EVERY == 0:
+            finite(losses[start : step + 1], start, "pretraining", rows_of)
             checkpoint.save(last, resume_state(model, optimizer, schedule, step + 1))
         if stop.code:
             raise checkpoint.Stopped(stop.code)
@@ -125,8 +122,6 @@ def pretrain(cfg, source, vit_config, device, path, stop):
 def adapt(cfg, model, method, seed, lr, task, device, log, last, stop):
     """Train what `attach` left trainable; returns seconds. `task` is what `load_task` makes."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:  # `head` has nothing left to train once it is locked
-        return 0.0
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(cfg.steps))
     job, start, began = f"{method}-s{seed}-{lr:g}", 0, time.monotonic()
@@ -167,6 +162,11 @@ def adapt(cfg, model, method, seed, lr, task, device, log, last, stop):
     return time.monotonic() - began
 
 
+def known_loss(logits, labels):
+    """Mean cross-entropy over the labels [B] that are not -1; 0, not NaN, where none is known."""
+    return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / (labels >= 0).sum().clamp(min=1)
+
+
 def diagnosis_loss(logits, labels):
     """Cross-entropy for labels [B]; for findings [B,C] binary cross-entropy over the labelled (not -1)."""
     if labels.ndim == 1:
@@ -203,20 +203,29 @@ def read_target(cfg):
 def read_source(cfg, target):
     """The study to pretrain on, with the target's modalities; the phantoms' numbers take the names of the target's."""
     if cfg.source:
-        source = data.load_study(cfg.source, cfg.synthetic_notes)
+        if cfg.data and data.sha256(cfg.source) == data.sha256(cfg.data):
+            raise Refused(f"--source {cfg.source} is the --data file: the base would see the test labels")
+        source = data.load_study(cfg.source)
+        if cfg.synthetic_notes and source.notes is None:
+            source = data.attach_notes(source)
         source = source.select([m for m in target.modalities if m in source.modalities])
-        if source.modalities != target.modalities:
+        if set(source.modalities) != set(target.modalities):
             raise Refused(f"{cfg.source} has {', '.join(source.modalities) or 'none'} of the target's modalities "
                           f"{', '.join(target.modalities)}; needs all")
+        source.numeric = {m: source.numeric[m] for m in target.numeric}  # in the target's order
         source = source.take(source.labelled & source.have().all(1))
-        source.attributes = {f"label {i}": c for i, c in enumerate(np.atleast_2d(source.labels.T))}
+        if not len(source):
+            raise Refused(f"{cfg.source}: no labelled sample has all of {', '.join(target.modalities)}")
+        labels = np.atleast_2d(source.labels.T)
+        source.attributes = {f"label {i}": c for i, c in enumerate(labels) if c.max() > 0}
     else:
         source = data.phantoms(cfg.phantoms, 1, "source", cfg.image_size)
-        groups = dict(zip(target.numeric, itertools.cycle(source.numeric)))  # {target's name: the phantoms' name}
+        spare = itertools.cycle(source.numeric)
+        groups = {m: m if m in source.numeric else next(spare) for m in target.numeric}  # target's: the phantoms'
         source.numeric = {m: source.numeric[g] for m, g in groups.items()}
         source.columns = {m: source.columns[g] for m, g in groups.items()}
         source = source.select(target.modalities)
-        image, note = ({"image", "note"} & {m} <= set(target.modalities) for m in ("image", "note"))
+        image, note = (m in target.modalities for m in ("image", "note"))
         readable = ["kind", "side"] * image + ["symptom", "history"] * (note or not image) + ["agree"] * (image * note)
         source.attributes = {k: source.attributes[k] for k in readable}
     return source
@@ -387,16 +396,15 @@ def origin(report):
 def table(report, timings):
     """The comparison as text, a block per test row: mean ± standard deviation over seeds, differences per seed."""
     lines, methods = [], report["methods"]
-    show = lambda v: (f"{np.mean(v):.3f}" + f"±{np.std(v):.3f}" * (len(v) > 1)) if None not in v else "-"
+    show = lambda v: (f"{np.mean(v):.3f}" + f"±{np.std(v):.3f}" * (len(v) > 1)) if not np.isnan(v).any() else "-"
     for text in next(iter(methods.values()))["by_test"]:
         blocks = {name: m["by_test"][text] for name, m in methods.items()}
         patterns = next(iter(blocks.values()))["by_pattern"]
         head = f"{'method':14s}{'macro-F1':>12s}{'AUROC':>12s}  accuracy with"
         head += "".join(f" {p:>7s}" for p in patterns) + f"{'adapter':>9s}{'trainable':>11s}{'lr':>7s}{'seconds':>9s}"
-        lines += ["", f"{report['data']}, {origin(report)}: trained with {report['missing']} missing, tested with "
-                      f"{text}; "
-                      f"absent: {report['absent']}; head: {report['head']}; seeds: {len(report['seeds'])}",
-                  head + "  macro-F1 minus head's, per seed" * ("head" in blocks)]
+        title = (f"{report['data']}, {origin(report)}: trained with {report['missing']} missing, tested with {text}; "
+                 f"absent: {report['absent']}; head: {report['head']}; seeds: {len(report['seeds'])}")
+        lines += ["", title, head + "  macro-F1 minus head's, per seed" * ("head" in blocks)]
         for name, m in methods.items():
             block = blocks[name]
             line = f"{name:14s}{show(block['macro_f1']):>12s}{show(block['auroc']):>12s}{'':15s}"
@@ -538,9 +546,10 @@ def dry_run(cfg, study, vit_config, drawn, device, rates):
             present = task["present"][rows]
             optimizer.zero_grad()
             logits = model({m: x[rows] for m, x in task["inputs"].items()}, present, gates(method, present, present))
-            diagnosis_loss(logits, task["labels"][rows]).item()
-            diagnosis_loss(logits, task["labels"][rows]).backward()
+            loss = diagnosis_loss(logits, task["labels"][rows])
+            loss.backward()
             optimizer.step()
+            loss.item()  # waits for a GPU
             times.append(time.monotonic() - began)
         runs = cfg.seeds + (0 if method in rates or "" in rates else len(LR_GRID) - 1)
         each = float(np.median(times[1:]))
@@ -570,6 +579,7 @@ def main(argv=None):
 
 def run(cfg, stop):
     device = checkpoint.pick_device(cfg.device)
+    torch.backends.cudnn.allow_tf32 = False  # convolutions as exact as the matrix products, and as the exported graphs
     rates, kept = check(cfg)
     study = read_target(cfg)
     for text in (cfg.missing, *cfg.test_missing):
@@ -583,21 +593,19 @@ def run(cfg, stop):
     if cfg.dry_run:
         return dry_run(cfg, study, vit_config, drawn, device, rates)
 
-    identity = {k: str(v) for k, v in asdict(cfg).items() if k not in ("out", "resume", "dry_run", "device")}
+    identity = {k: v for k, v in asdict(cfg).items() if k not in ("out", "resume", "dry_run", "device")}
     for key, path in (("data", cfg.data), ("source", cfg.source)):  # a run belongs to its files' content, not place
         identity[key] = {"name": path.name, "sha256": data.sha256(path)} if path else None
     checkpoint.open_run(cfg.out, identity, cfg.resume)
+    base_hash = data.digest({"format": 2, "vit": base_config, "source": data.fingerprint(source), "batch": cfg.batch,
+                             "steps": cfg.pretrain_steps})[:16]
+    base = pretrain(cfg, source, base_config, device, Path(f"runs/base/vit-{base_hash}.pt"), stop)
     for seed, d in drawn.items():
         arrays = {"modalities": np.array(study.modalities), **d["parts"]}
         arrays |= {f"present {text}": present for text, present in d["tables"].items()}
         data.write_atomic(cfg.out / f"split-s{seed}.npz", data.npz_bytes(arrays))
-    if study.synthetic:  # a file for `export.py predict --data`
+    if study.synthetic and not cfg.data:  # a file for `export.py predict --data`
         data.save_study(cfg.out / "phantoms.npz", study)
-
-    base_hash = data.digest({"vit": base_config, "source": identity["source"] or source.name, "samples": len(source),
-                             "attributes": sorted(source.attributes), "steps": cfg.pretrain_steps, "batch": cfg.batch,
-                             "synthetic notes": source.synthetic_notes})[:16]
-    base = pretrain(cfg, source, base_config, device, Path(f"runs/base/vit-{base_hash}.pt"), stop)
     ctx = {"device": device, "study": study, "drawn": drawn, "vit": vit_config, "base": base["state"], "stop": stop,
            "log": checkpoint.Log(cfg.out / "log.jsonl")}
     picked, results = {}, {method: [] for method in cfg.methods}
@@ -611,13 +619,14 @@ def run(cfg, stop):
     method, seed = kept
     seen = np.concatenate([d["tables"][cfg.missing][d["parts"]["train"]] for d in drawn.values()])
     patterns, counts = np.unique(seen, axis=0, return_counts=True)
+    patterns = patterns[np.argsort(-counts, kind="stable")].astype(int).tolist()  # of training, frequent first
     checkpoint.save(cfg.out / "model.pt", {
-        "format": 1, "kind": "mora", "config": vit_config, "base": base["state"], "base_hash": base_hash,
-        "readers": base["readers"],
+        "format": 1, "kind": "mora",
+        "config": vit_config, "base": base["state"], "base_hash": base_hash, "readers": base["readers"],
+        "adapter": results[method][seed], "patterns": patterns,
         "class_names": study.class_names, "multilabel": study.multilabel, "columns": study.columns,
-        "data": identity["data"] or study.name, "synthetic": study.synthetic, "synthetic_notes": study.synthetic_notes,
-        "patterns": patterns[np.argsort(-counts, kind="stable")].astype(int).tolist(),  # of training, frequent first
-        "adapter": results[method][seed]})
+        "data": identity["data"] or study.name, "synthetic": study.synthetic,
+        "synthetic_notes": study.synthetic_notes})
     report = collect(cfg, study, results, picked)
     checkpoint.write_json(cfg.out / "metrics.json", report)
     print(table(report, checkpoint.read_json(cfg.out / "timings.json", {})))

@@ -64,8 +64,14 @@ def load(path, kind=None):
 
 def write_json(path, value):
     """Write a value as JSON, atomically; NaN becomes null, since JSON has no NaN."""
-    clean = lambda v: ({k: clean(x) for k, x in v.items()} if isinstance(v, dict) else [clean(x) for x in v]
-                       if isinstance(v, (list, tuple)) else None if isinstance(v, float) and not np.isfinite(v) else v)
+
+    def clean(v):
+        if isinstance(v, dict):
+            return {k: clean(x) for k, x in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [clean(x) for x in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+
     write_atomic(path, json.dumps(clean(value), indent=1, allow_nan=False) + "\n")
 
 
@@ -84,7 +90,7 @@ def open_run(folder, config, resume):
     off.
     """
     there = read_json(Path(folder) / "config.json")
-    config = json.loads(json.dumps(config))
+    config = json.loads(json.dumps(config, default=str))
     if there is not None and there != config:
         keys = [k for k in {**config, **there} if config.get(k) != there.get(k)]
         differs = ", ".join(f"{k} {there.get(k)} there, {config.get(k)} here" for k in keys[:3])
@@ -100,7 +106,9 @@ def pick_device(name):
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
-        raise Refused(f"device '{name}' is not known; use auto, cpu or cuda") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise Refused(f"device '{name}' is not known; use auto, cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise Refused(f"device '{name}': torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
     return device

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 
 PAD, CLS, UNK = 0, 1, 2  # reserved word ids; hashed words start at 3
+# names that a numeric modality cannot take: they mean something in files, graphs or missing tables
+RESERVED = ("image", "images", "note", "notes", "present", "mask", "any", "both", "logits", "probabilities", "labels")
 
 
 class Refused(ValueError):
@@ -85,6 +87,12 @@ def read_npz(path):
         raise
     except Exception as error:  # zip, header and checksum errors come as many types, all of which mean the same here
         raise Refused(f"{path}: not a readable .npz archive ({type(error).__name__}: {error})") from None
+
+
+def fingerprint(study):
+    """Hex digest of what a study holds: equal studies have equal ones, whatever their files."""
+    held = {"labels": study.labels, "images": study.images, "notes": study.notes, **study.numeric, **study.attributes}
+    return hashlib.sha256(npz_bytes({k: v for k, v in held.items() if v is not None})).hexdigest()
 
 
 def sha256(path):
@@ -172,17 +180,23 @@ class Study:
         return Study(**self.__dict__ | {k: cut(v) for k, v in self.__dict__.items() if k in perrow and v is not None})
 
 
-def load_study(path, synthetic_notes=False):
+def load_study(path, synthetic_notes=False, classes=None):
     """Read a study file (design of the fields: `Study`) or one of MedMNIST's own files, whose splits are kept.
 
     Any float array `<name>` [N,F] that comes with `<name>_names` is a numeric modality. Raises `Refused` naming the
     file and the fault. `synthetic_notes` attaches templated reports to a file without notes (see `attach_notes`)."""
     z = read_npz(path)
     fixed_split = None
+    squeezed = lambda labels: labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if "train_images" in z:  # MedMNIST: three parts, concatenated; `fixed_split` remembers them
         for key in [f"{part}_{what}" for part in ("train", "val", "test") for what in ("images", "labels")]:
             if key not in z:
                 raise Refused(f"{path}: key '{key}' is missing")
+        for part in ("train", "val", "test"):
+            im, lab = z[f"{part}_images"], z[f"{part}_labels"]
+            if 0 in (im.ndim, lab.ndim) or len(im) != len(lab) or not len(im):
+                raise Refused(f"{path}: {part}_images {list(im.shape)} and {part}_labels {list(lab.shape)} "
+                              "need the same length, at least 1")
         fixed_split = np.repeat(np.arange(3), [len(z[f"{p}_labels"]) for p in ("train", "val", "test")])
         for what in ("images", "labels"):
             parts = [z[f"{p}_{what}"] for p in ("train", "val", "test")]
@@ -190,24 +204,36 @@ def load_study(path, synthetic_notes=False):
                 raise Refused(f"{path}: the {what} of the parts differ in shape: "
                               f"{', '.join(str(p.shape) for p in parts)}")
             z[what] = np.concatenate(parts)
-        z["labels"] = z["labels"][:, 0] if z["labels"].ndim == 2 and z["labels"].shape[1] == 1 else z["labels"]
         z = {"images": z["images"], "labels": z["labels"]}
-    if "labels" not in z:
+    if "labels" not in z and classes is None:
         raise Refused(f"{path}: key 'labels' is missing")
     if "format" in z and (z["format"].size != 1 or str(z["format"].item()) != "1"):
         raise Refused(f"{path}: format {z['format']} is not known; this version reads format 1")
-    labels = z["labels"]
+    numeric = {k: z[k] for k in z if f"{k}_names" in z and k != "class"}
+    for k in numeric:
+        if not k.isidentifier() or k in RESERVED:
+            raise Refused(f"{path}: '{k}' cannot be a modality's name; use letters, digits, _, none of {RESERVED}")
+    for k in ("class_names", "patients", *(f"{m}_names" for m in numeric)):
+        if k in z and (z[k].ndim != 1 or not z[k].size or (k != "patients" and len(set(z[k].tolist())) < z[k].size)):
+            raise Refused(f"{path}: '{k}' {list(z[k].shape)} must be a list{', none twice' * (k != 'patients')}")
+    first = next((z[k] for k in ("images", "notes", *numeric) if k in z and z[k].ndim), np.zeros(0))
+    labels = squeezed(z["labels"]) if "labels" in z else np.full(len(first), -1)
     if labels.dtype.kind not in "iu" or labels.ndim not in (1, 2):
         raise Refused(f"{path}: labels are {labels.dtype} {list(labels.shape)}; need integers [N] or 0/1 [N,C]")
     top = labels.shape[1] if labels.ndim == 2 else int(labels.max(initial=0)) + 1
-    class_names = [str(c) for c in z["class_names"]] if "class_names" in z else [f"class {i}" for i in range(top)]
-    numeric = {k: z[k] for k in z if f"{k}_names" in z and k != "class"}
+    if labels.ndim == 1 and top > max(len(labels), 2):
+        raise Refused(f"{path}: labels reach {top - 1} with {len(labels)} samples; they must number the classes from 0")
+    names = [str(c) for c in z["class_names"]] if "class_names" in z else classes or [f"class {i}" for i in range(top)]
+    if classes is not None and names != classes:
+        raise Refused(f"{path}: classes are {', '.join(names)}; the model has {', '.join(classes)}")
     columns = {k: [str(c) for c in z[f"{k}_names"]] for k in numeric}
-    study = Study(name=str(Path(path).stem), labels=labels.astype(np.int64), class_names=class_names,
+    flag = lambda k: bool(z[k].any()) if k in z else False
+    study = Study(name=str(Path(path).stem), labels=labels.astype(np.int64), class_names=names,
                   images=z.get("images"), notes=z.get("notes"), numeric=numeric, columns=columns,
-                  patients=z.get("patients"), fixed_split=fixed_split)
+                  patients=z.get("patients"), fixed_split=fixed_split, synthetic=flag("synthetic"),
+                  synthetic_notes=flag("synthetic_notes"))
     try:
-        _checked(study, need_every_sample=not synthetic_notes)
+        _checked(study, need_every_sample=not synthetic_notes, training=classes is None)
     except Refused as error:
         raise Refused(f"{path}: {error}") from None
     return attach_notes(study) if synthetic_notes else study
@@ -216,6 +242,7 @@ def load_study(path, synthetic_notes=False):
 def save_study(path, study):
     """Write a study file that `load_study` reads back; equal studies give equal bytes."""
     arrays = {"format": np.int64(1), "labels": study.labels, "class_names": np.array(study.class_names)}
+    arrays |= {k: np.int64(1) for k in ("synthetic", "synthetic_notes") if getattr(study, k)}
     arrays |= {k: v for k, v in (("images", study.images), ("notes", study.notes), ("patients", study.patients))
                if v is not None}
     for name, values in study.numeric.items():
@@ -223,7 +250,7 @@ def save_study(path, study):
     write_atomic(path, npz_bytes(arrays))
 
 
-def _checked(study, need_every_sample=True):
+def _checked(study, need_every_sample=True, training=True):
     """The study itself, or `Refused` with its first fault."""
     n, labels, classes = len(study), study.labels, len(study.class_names)
     if not study.modalities:
@@ -254,9 +281,9 @@ def _checked(study, need_every_sample=True):
     seen = labels[study.labelled]
     if study.multilabel:
         flat = [study.class_names[c] for c in range(classes) if len(set(labels[:, c]) - {-1}) < 2]
-        if flat:
+        if flat and training:
             raise Refused(f"finding '{flat[0]}' never varies; every finding needs both 0 and 1")
-    elif len(set(seen)) < 2:
+    elif len(set(seen)) < 2 and training:
         raise Refused(f"labels hold one class only ({study.class_names[seen[0]] if len(seen) else 'none labelled'}); "
                       "need two or more")
     if need_every_sample and not study.have().any(1).all():
@@ -283,8 +310,8 @@ def attach_notes(study, right=0.8, seed=0):
     truth = study.labels.argmax(1) if study.multilabel else np.maximum(study.labels, 0)
     told = (truth + np.where(rng.random(len(study)) < right, 0, rng.integers(1, classes, len(study)))) % classes
     phrases = [SYMPTOMS[c] if c < len(SYMPTOMS) else f"sign {c}" for c in range(classes)]
-    openings = np.array(["patient reports", "presents with", "history notes", "complains of"])[rng.integers(0, 4,
-                                                                                                            len(study))]
+    openings = np.array(["patient reports", "presents with", "history notes", "complains of"])
+    openings = openings[rng.integers(0, 4, len(study))]
     notes = np.array([f"{o} {phrases[c]}" for o, c in zip(openings, told)])
     return _checked(Study(**{**study.__dict__, "notes": notes, "synthetic_notes": True}))
 
@@ -348,8 +375,8 @@ def phantoms(n, seed, domain="target", size=32):
         phrase[name] = table[value, unseen.astype(int), (pick[:, len(phrase)] < 0.5).astype(int)]
     lesion = [(f"{k} {s}, " if d and t else f"{k}, " if d else "")
               for k, s, t, d in zip(phrase["kind"], phrase["side"], told, states)]
-    notes = np.array([f"{found}{symptom}, {history}" for found, symptom,
-                      history in zip(lesion, phrase["symptom"], phrase["history"])])
+    rest = zip(lesion, phrase["symptom"], phrase["history"])
+    notes = np.array([f"{found}{symptom}, {history}" for found, symptom, history in rest])
 
     attributes = {**facts, "side": np.where(facts["kind"] > 0, facts["side"], -1),
                   "agree": np.where(states, told == facts["kind"], -1)}
@@ -440,7 +467,8 @@ def split(study, seed):
     """
     names, labelled = ("train", "val", "test"), study.labelled
     if study.fixed_split is not None:
-        return {k: np.flatnonzero((study.fixed_split == i) & labelled) for i, k in enumerate(names)}
+        result = {k: np.flatnonzero((study.fixed_split == i) & labelled) for i, k in enumerate(names)}
+        return _none_empty(study, result)
     group = _groups(study)
     group[~labelled] = -1
     kept = np.flatnonzero(labelled)
@@ -458,12 +486,15 @@ def split(study, seed):
     for g in order:  # greedy: to the split that lacks the most of what this group brings
         part[g] = ((want - filled) / want @ counts[g]).argmax()
         filled[part[g]] += counts[g]
-    result = {k: kept[part[member] == i] for i, k in enumerate(names)}
-    for k, rows in result.items():
+    return _none_empty(study, {k: kept[part[member] == i] for i, k in enumerate(names)})
+
+
+def _none_empty(study, parts):
+    for name, rows in parts.items():
         if not len(rows):
-            raise Refused(f"{study.name}: {len(kept)} labelled samples in {len(ids)} groups leave the {k} split "
-                          "empty; need more")
-    return result
+            raise Refused(f"{study.name}: {sum(map(len, parts.values()))} labelled samples leave the {name} split "
+                          "empty; need more samples or groups")
+    return parts
 
 
 def _groups(study):
@@ -523,8 +554,10 @@ def resize(images, size):
     colour = images.ndim == 4
     planes = np.moveaxis(images, 3, 1) if colour else images  # [...,H,W]
     if planes.shape[-2:] != (size, size):
-        down, across = _resample(planes.shape[-2], size), _resample(planes.shape[-1], size)
-        planes = np.rint(np.clip(down @ planes.astype(np.float64) @ across.T, 0, 255)).astype(np.uint8)
+        down, across = _resample(planes.shape[-2], size), _resample(planes.shape[-1], size).T
+        parts = np.split(planes, range(256, len(planes), 256))  # float64 of a whole large study may not fit
+        planes = np.concatenate([np.rint(np.clip(down @ p.astype(np.float64) @ across, 0, 255)) for p in parts])
+        planes = planes.astype(np.uint8)
     return np.moveaxis(planes, 1, 3) if colour else planes
 
 

@@ -33,7 +33,7 @@ class MoRA(nn.Module):
     def fold(self, present):
         """One up-projection per row of presence: [..., M] -> [..., r, D], sum_m present_m up_m."""
         M, r, D = self.up.shape
-        return (present.to(self.up.dtype) @ self.up.reshape(M, r * D)).unflatten(-1, (r, D))
+        return (present.to(self.up) @ self.up.reshape(M, r * D)).unflatten(-1, (r, D))
 
     def forward(self, x, present):
         """x [B,T,D], present [B,M] of 0/1 -> [B,T,D]. Linear in presence, so the sum over m comes first: one bmm, no
@@ -82,7 +82,7 @@ class Prompts(nn.Module):
 
     def forward(self, x, bias, present):
         """x [B,T,D] -> [B,T+L,D]; the attention bias grows by L zeros."""
-        prompt = self.table[(present.to(self.bits.dtype) @ self.bits).long()].to(x.dtype)  # [B,L,D]
+        prompt = self.table[(present.to(self.bits) @ self.bits).long()].to(x.dtype)  # [B,L,D]
         if bias is not None:
             bias = torch.cat([bias, bias.new_zeros(1, 1, 1, 1).expand(bias.shape[0], 1, 1, int(prompt.shape[1]))], 3)
         return torch.cat([x, prompt.expand(x.shape[0], -1, -1)], 1), bias

@@ -13,6 +13,7 @@ import csv
 import ctypes
 import io
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ import onnxruntime
 from minilora import data, metrics
 from minilora.data import Refused
 
-TOLERANCE = 1e-5  # parity with torch, of probabilities and of logits relative to the largest
+TOLERANCE = 1e-5  # parity with torch: of a probability or a logit, relative to max(1, |value|)
 
 
 def read_manifest(folder, kind=None):
@@ -39,6 +40,8 @@ def read_manifest(folder, kind=None):
         good = False
     if not good:
         raise Refused(f"{path}: changed or damaged (its hash does not fit its content)")
+    if not {*manifest.get("graphs", {}).values()} <= {*manifest["files"]}:
+        raise Refused(f"{path}: names a graph whose hash it does not hold")
     for name, wanted in manifest["files"].items():
         if Path(name).name != name:  # a manifest must not reach outside its folder
             raise Refused(f"{path}: file name '{name}' is not a plain name")
@@ -64,15 +67,18 @@ def providers(device):
             device = "cpu"
     if device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # CUDA libraries of the [gpu] extra, or of torch where it is installed
-    return (["CUDAExecutionProvider"] if device == "cuda" else []) + ["CPUExecutionProvider"]
+    available = onnxruntime.get_available_providers()
+    # TF32, the default there, has 10 bits of mantissa: parity with torch would be 1e-3 instead of 1e-5
+    cuda = [("CUDAExecutionProvider", {"use_tf32": 0})] if "CUDAExecutionProvider" in available else []
+    return (cuda if device == "cuda" else []) + ["CPUExecutionProvider"]
 
 
 def open_session(path, device):
     """An onnxruntime session on the device; `Refused` if CUDA was asked for by name and did not load."""
-    wanted = providers(device)
-    available = onnxruntime.get_available_providers()
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=[p for p in wanted if p in available])
+        session = onnxruntime.InferenceSession(str(path), providers=providers(device))
+    except Refused:
+        raise
     except Exception as error:  # onnxruntime raises its own family of exceptions
         raise Refused(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from None
     if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":  # only this list is true
@@ -108,8 +114,8 @@ class Diagnoser:
                 raise Refused(f"graph '{graph}' needs input '{spec.name}'")
             value = inputs[spec.name]
             if list(value.shape[1:]) != spec.shape[1:]:
-                raise Refused(f"'{spec.name}' has shape {list(value.shape)}; graph '{graph}' takes [batch, "
-                              f"{spec.shape[1:]}]")
+                raise Refused(f"'{spec.name}' has shape {list(value.shape)}; graph '{graph}' takes "
+                              f"{['batch', *spec.shape[1:]]}")
             if spec.name == "note" and value.size and not 0 <= value.min() <= value.max() < self.manifest["buckets"]:
                 raise Refused(f"word ids are {value.min()}..{value.max()}; must be in [0,{self.manifest['buckets']})")
         return session.run(["logits", "probabilities"], {s.name: inputs[s.name] for s in session.get_inputs()})
@@ -135,6 +141,9 @@ class Diagnoser:
     def inputs(self, images, notes, numeric):
         """({modality: array} with zeros for what is absent, presence [B,M] bool) of a request."""
         given = {"image": images, "note": notes, **numeric}
+        for name, values in given.items():
+            if isinstance(values, (str, bytes, dict)):
+                raise Refused(f"{name} is one {type(values).__name__}; give a list, one item per sample")
         given = {k: list(v) for k, v in given.items() if v is not None}
         for name in given:
             if name not in self.modalities:
@@ -227,17 +236,22 @@ def read_image(path):
         raise Refused(f"{path}: no such file")
     if path.suffix == ".npy":
         try:
-            return np.load(path, allow_pickle=False)
+            array = np.load(path, allow_pickle=False)
+            if isinstance(array, np.ndarray):
+                return array
+            raise ValueError("an archive, not an array")
         except (ValueError, EOFError, OSError) as error:
             raise Refused(f"{path}: not a readable .npy array ({error})") from None
     try:
         from PIL import Image
     except ImportError:
-        raise Refused(f"{path}: reading pictures needs Pillow: pip install 'minilora[pictures]' (or give an .npy "
-                      "array)") from None
+        raise Refused(f"{path}: reading pictures needs Pillow: pip install 'minilora[pictures]' "
+                      "(or give an .npy array)") from None
     try:
         with Image.open(path) as picture:
-            return np.asarray(picture.convert("L" if picture.mode in ("1", "L", "I", "I;16", "F") else "RGB"))
+            if picture.mode.startswith(("I", "F")):  # Pillow would clip it to 8 bits, not scale it
+                raise ValueError(f"mode {picture.mode}: more than 8 bits a pixel; convert it to 8-bit grey first")
+            return np.asarray(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
     except Exception as error:  # Pillow raises many types for a file that is no picture
         raise Refused(f"{path}: not a readable picture ({error})") from None
 
@@ -265,15 +279,18 @@ def chosen_rows(study, args):
 
 def predict_file(diagnoser, args):
     """Probabilities of a study file's rows: metrics to stdout, one line per sample to --out."""
-    study, classes = data.load_study(args.data, args.synthetic_notes), diagnoser.classes
+    classes = diagnoser.classes
+    study = data.load_study(args.data, args.synthetic_notes, classes)
     names = [m for m in study.modalities if m in diagnoser.modalities]
     for name in names:
         if study.columns.get(name, []) != diagnoser.numeric.get(name, {"columns": []})["columns"]:
             raise Refused(f"{args.data}: columns of '{name}' are {', '.join(study.columns[name])}; "
                           f"the model has {', '.join(diagnoser.numeric[name]['columns'])}")
-    if not names or study.class_names != classes or study.multilabel != diagnoser.manifest["multilabel"]:
-        raise Refused(f"{args.data}: has {', '.join(study.modalities)} and classes {', '.join(study.class_names)}; "
-                      f"the model has {', '.join(diagnoser.modalities)} and {', '.join(classes)}")
+    if not names:
+        raise Refused(f"{args.data}: has {', '.join(study.modalities)}; "
+                      f"the model has {', '.join(diagnoser.modalities)}")
+    if study.labelled.any() and study.multilabel != diagnoser.manifest["multilabel"]:
+        raise Refused(f"{args.data}: labels {list(study.labels.shape)} are not of the model's kind")
     if not args.split and diagnoser.manifest["data"] == {"name": args.data.name, "sha256": data.sha256(args.data)}:
         print("the model was trained on part of this file; --split RUN/split-s0.npz keeps to the test part")
     rows, present = chosen_rows(study, args)
@@ -285,8 +302,9 @@ def predict_file(diagnoser, args):
 
     known, labels = study.labelled[rows], study.labels[rows]
     found = metrics.scores(labels[known], probabilities[known]) if known.any() else {}
-    about = "synthetic notes" if study.synthetic_notes else "synthetic data" if diagnoser.manifest["synthetic"] else ""
-    print(f"{args.data} {about}: {len(rows)} samples, {int(known.sum())} labelled; "
+    of = lambda kind: study.__dict__[kind] or diagnoser.manifest[kind]
+    about = " (synthetic notes)" if of("synthetic_notes") else " (synthetic data)" if of("synthetic") else ""
+    print(f"{args.data}{about}: {len(rows)} samples, {int(known.sum())} labelled; "
           + ", ".join(f"{k.replace('_', '-')} {v:.3f}" for k, v in found.items()))
     patterns = [data.pattern_name(p, names) for p in present]
     print("present: " + ", ".join(f"{p} {c}" for p, c in zip(*np.unique(patterns, return_counts=True))))
@@ -321,7 +339,7 @@ def command_line(argv):
     predicts.add_argument("--split", type=Path, help="with --data: keep to the test rows of this split-sN.npz")
     predicts.add_argument("--missing", help="with --split: apply its stored missing table, TYPE:RATE")
     predicts.add_argument("--out", type=Path, help="with --data: CSV of probabilities")
-    folder = next((a for a in argv[1:] if (Path(a) / "manifest.json").is_file()), None)
+    folder = next((a for a in argv[1:] if os.path.isfile(os.path.join(a, "manifest.json"))), None)
     columns = {}
     if argv[:1] == ["predict"] and folder:
         for name, spec in read_manifest(folder, "mora")["numeric"].items():
@@ -329,7 +347,8 @@ def command_line(argv):
                 flag = re.sub(r"\W+", "-", c.strip())
                 flag = f"{name}-{flag}" if f"--{flag}" in predicts._option_string_actions else flag
                 columns[flag] = (name, c)
-                predicts.add_argument(f"--{flag}", type=float, dest=f"column {flag}", help=f"{name}: {c}")
+                about = f"{name}: {c}".replace("%", "%%")
+                predicts.add_argument(f"--{flag}", type=float, dest=f"column {flag}", help=about)
     return parser.parse_args(argv), columns
 
 
@@ -344,15 +363,15 @@ def predict_one(diagnoser, args, columns):
         request["notes"] = [args.note]
     if args.image:
         image = read_image(args.image)
-        if image.ndim == 3 and diagnoser.manifest["channels"] == 1:
+        if image.dtype == np.uint8 and image.shape[2:] == (3,) and diagnoser.manifest["channels"] == 1:
             image = np.rint(image @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)  # ITU-R 601, as Pillow's "L"
         request["images"] = [image]
     if not request:
         flags = ", ".join(f"--{f}" for f in ("image", "note", *columns))
         raise Refused(f"nothing to diagnose: give --data FILE.npz, or any of {flags}")
     p = diagnoser.predict(**request)[0]
-    given = {k.removesuffix("s") if k in ("images", "notes") else k for k in request}
-    print(f"present: {', '.join(m for m in diagnoser.modalities if m in given)}")
+    present = diagnoser.inputs(request.pop("images", None), request.pop("notes", None), request)[1][0]
+    print(f"present: {', '.join(m for m, here in zip(diagnoser.modalities, present) if here)}")
     for i in np.argsort(-p):
         print(f"{diagnoser.classes[i]:20s} {p[i]:.3f} {'█' * round(30 * float(p[i]))}")
     if diagnoser.manifest["synthetic"] or diagnoser.manifest["synthetic_notes"]:

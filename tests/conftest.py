@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 DATA = ROOT.parent / "shared" / "data"  # real X-rays, where they are at hand; never part of the project
 
 TINY = ["--seeds", "1", "--steps", "12", "--pretrain-steps", "10", "--phantoms", "240", "--width", "16", "--depth", "2",
-        "--heads", "2", "--batch", "16", "--buckets", "128", "--lr", "0.01"]
+        "--heads", "2", "--batch", "16", "--buckets", "128", "--device", "cpu", "--lr", "0.01"]
 
 
 torch.set_num_threads(1)  # sums are then the same in every test, whoever ran first

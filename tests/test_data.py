@@ -67,6 +67,15 @@ def test_medmnist_files_load_unchanged_with_their_splits(tmp_path, shape, labels
     assert np.array_equal(s.images[data.split(s, 1)["test"]], arrays["test_images"])
 
 
+def test_medmnist_parts_must_fit(tmp_path):
+    arrays = {f"{p}_{w}": np.zeros((5, 4, 4) if w == "images" else (5, 1), np.uint8) for p in ("train", "val", "test") for w in ("images", "labels")}
+    for key, value in (("train_labels", np.zeros((4, 1), np.uint8)), ("val_images", np.zeros((0, 4, 4), np.uint8)), ("test_labels", np.uint8(3))):
+        with pytest.raises(Refused, match=f"{key.split('_')[0]}_images .* need the same length"):
+            data.load_study(write(tmp_path / "m.npz", arrays | {key: value}))
+    with pytest.raises(Refused, match="'test_labels' is missing"):
+        data.load_study(write(tmp_path / "m.npz", {k: v for k, v in arrays.items() if k != "test_labels"}))
+
+
 def test_synthetic_notes_tell_the_right_symptom_four_times_in_five(tmp_path):
     s = data.load_study(write(tmp_path / "a.npz", study(images=np.zeros((4000, 4, 4), np.uint8), notes=None, lab=None, lab_names=None,
                                                        labels=np.arange(4000) % 3)), synthetic_notes=True)
@@ -182,6 +191,10 @@ BAD = {
     "one class only": {"labels": np.zeros(40, int)}, "finding 'class 1' never varies": {"labels": np.stack([np.arange(40) % 2, np.zeros(40, int)], 1)},
     "sample 1 has nothing present": {"images": None, "lab": None, "lab_names": None}, "'lab' is float32": {"lab_names": np.array(["age"])},
     "'lab' is infinite in row 0": {"lab": np.full((40, 2), np.inf, np.float32)}, "notes are int64": {"notes": np.arange(40)},
+    "'any' cannot be a modality's name": {"any": np.zeros((40, 1), np.float32), "any_names": np.array(["x"])},
+    "'a b' cannot be": {"a b": np.zeros((40, 1), np.float32), "a b_names": np.array(["x"])},
+    r"'patients' \[\] must be a list": {"patients": np.array("p")}, "none twice": {"lab_names": np.array(["age", "age"])},
+    "labels reach 30000000": {"labels": np.arange(40) % 2 * 30_000_000},
     "format 2 is not known": {"format": np.int64(2)},
 }  # fmt: skip
 

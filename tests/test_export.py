@@ -28,7 +28,7 @@ def folder(tiny):
 
 @pytest.fixture(scope="module")
 def diagnoser(folder):
-    return serve.Diagnoser(folder)
+    return serve.Diagnoser(folder, "cpu")
 
 
 def samples(n=9, seed=8):
@@ -66,7 +66,7 @@ def test_graphs_equal_torch_for_every_method_and_pattern(tmp_path, monkeypatch, 
     checkpoint.save(run / "model.pt", saved | {"adapter": adapter})
     out = export.export_mora(run)
     model = train_mora.build(saved["config"], saved["base"], method, adapter["rank"], 0, adapter["state"]).eval()
-    d = serve.Diagnoser(out)
+    d = serve.Diagnoser(out, "cpu")
     example, _ = export.golden_inputs(saved["config"], [(1, 1, 1)], n=5)
     seen = []
     for name in d.manifest["graphs"]:
@@ -86,7 +86,7 @@ def test_graphs_equal_torch_for_every_method_and_pattern(tmp_path, monkeypatch, 
 def test_served_metrics_are_the_training_tables(tiny, capsys, tmp_path):
     run = tiny[1]
     serve.main(["predict", str(run / "onnx"), "--data", str(run / "phantoms.npz"), "--split", str(run / "split-s0.npz"),
-                "--missing", "image:0.5", "--out", str(tmp_path / "p.csv")])
+                "--missing", "image:0.5", "--out", str(tmp_path / "p.csv"), "--device", "cpu"])
     said = capsys.readouterr().out
     row = json.loads((run / "metrics.json").read_text())["methods"]["mora"]["by_test"]["image:0.5"]
     for k in ("macro_f1", "auroc", "accuracy"):
@@ -130,7 +130,7 @@ def test_prediction_and_check_where_importing_torch_raises(folder, tmp_path):
     image = tmp_path / "x.npy"
     np.save(image, data.phantoms(1, 3).images[0])
     for script in ("from minilora.serve import main", "from export import main"):
-        for argv in (["check", str(folder)], ["predict", str(folder), "--image", str(image), "--temperature", "39"]):
+        for argv in (["check", str(folder), "--device", "cpu"], ["predict", str(folder), "--device", "cpu", "--image", str(image), "--temperature", "39"]):
             code = f"{NO_TORCH}\n{script}\nmain({argv!r})\nassert 'torch' not in sys.modules"
             done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
@@ -144,7 +144,7 @@ def test_export_is_the_same_bytes_again(tiny, tmp_path):
 
 
 def test_check_passes_and_fails_on_other_outputs(folder, tmp_path, capsys):
-    serve_check = lambda path: serve.check(path)
+    serve_check = lambda path: serve.check(path, "cpu")
     assert serve_check(folder) <= serve.TOLERANCE and "passed" in capsys.readouterr().out
     other = tmp_path / "other"
     shutil.copytree(folder, other)
@@ -203,7 +203,7 @@ REQUESTS = [({"images": [GREY.astype(np.float32)]}, "image of sample 0 is float3
             ({"images": [GREY, None], "notes": ["a", " "]}, "sample 1 has nothing"), ({}, "no modality"), ({"notes": []}, "note 0"),
             ({"images": [GREY], "notes": ["a", "b"]}, "image 1, note 2"), ({"sound": [[1.0]]}, "'sound' is not of this model"),
             ({"vitals": [[1.0, 2.0]]}, "need 3 finite numbers"), ({"vitals": [[1, 2, float("inf")]]}, "need 3 finite"),
-            ({"vitals": [{"fever": 1}]}, "column 'fever' is not known"), ({"vitals": [["a", "b", "c"]]}, "not a row of numbers")]  # fmt: skip
+            ({"notes": "fever"}, "note is one str; give a list"), ({"vitals": [{"fever": 1}]}, "column 'fever' is not known"), ({"vitals": [["a", "b", "c"]]}, "not a row of numbers")]  # fmt: skip
 
 
 @pytest.mark.parametrize("request_,words", REQUESTS, ids=[w for _, w in REQUESTS])
@@ -266,7 +266,7 @@ def test_five_modalities_get_graphs_for_the_patterns_of_training(tmp_path, monke
     s.numeric["more"], s.columns["more"] = s.numeric["labs"].copy(), ["weight", "height"]
     data.save_study("five.npz", s)
     train_mora.main([*TINY, "--methods", "head", "mora", "--out", "r", "--data", "five.npz", "--missing", "image:0.5"])
-    d = serve.Diagnoser(export.export_mora("r"))
+    d = serve.Diagnoser(export.export_mora("r"), "cpu")
     assert set(d.manifest["graphs"]) == {"mask", "image+note+vitals+labs+more", "note+vitals+labs+more"}
     assert d.predict(notes=["fever"]).shape == (1, 4)  # through the mask graph
 
@@ -274,8 +274,66 @@ def test_five_modalities_get_graphs_for_the_patterns_of_training(tmp_path, monke
 def test_an_interrupted_export_leaves_the_old_folder(tiny, tmp_path, monkeypatch):
     out = tmp_path / "onnx"
     out.mkdir()
+    (out / "manifest.json").write_text("{}")
     (out / "mine").write_text("kept")
     monkeypatch.setattr(export, "to_onnx", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         export.export_mora(tiny[1], out)
     assert os.listdir(tmp_path) == ["onnx"] and (out / "mine").read_text() == "kept"
+
+
+def test_export_never_replaces_a_folder_that_is_not_an_export(tiny, refused, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/thesis.txt").write_text("years")
+    assert "is not an exported folder" in refused(export.main, "mora", tiny[1], "--out", "precious")
+    assert "is not an exported folder" in refused(export.main, "mora", tiny[1], "--out", tiny[1])
+    assert (tiny[1] / "model.pt").exists()
+
+
+def test_a_flipped_model_is_refused_by_export(tiny, refused, tmp_path):
+    shutil.copytree(tiny[1], tmp_path / "run", ignore=shutil.ignore_patterns("onnx"))
+    damage(tmp_path / "run/model.pt", "flip")
+    assert "model.pt" in refused(export.main, "mora", "run")
+
+
+def test_a_graph_outside_the_hashes_is_refused(folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["graphs"]["mask"] = "../evil.onnx"
+    manifest["sha256"] = data.digest({k: v for k, v in manifest.items() if k != "sha256"})
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(Refused, match="whose hash it does not hold"):
+        serve.Diagnoser(other, "cpu")
+
+
+def test_files_without_labels_or_with_one_class_are_predicted(tiny, folder, tmp_path, capsys):
+    s = data.load_study(tiny[1] / "phantoms.npz").take(np.arange(6))
+    s.labels[:] = 2
+    data.save_study(tmp_path / "one.npz", s)
+    arrays = {k: v for k, v in data.read_npz(tmp_path / "one.npz").items() if k not in ("labels", "class_names")}
+    np.savez(tmp_path / "none.npz", **arrays)
+    for name, labelled in (("one", 6), ("none", 0)):
+        serve.main(["predict", str(folder), "--data", str(tmp_path / f"{name}.npz"), "--device", "cpu", "--out", str(tmp_path / "p.csv")])
+        assert f"6 samples, {labelled} labelled" in capsys.readouterr().out
+        assert len((tmp_path / "p.csv").read_text().splitlines()) == 7
+
+
+def test_pictures_of_more_than_8_bits_are_refused_not_clipped(folder, tmp_path, refused):
+    pil = pytest.importorskip("PIL.Image")
+    pil.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(tmp_path / "deep.png")
+    assert "more than 8 bits" in refused(serve.main, "predict", folder, "--image", "deep.png")
+    np.save(tmp_path / "float.npy", np.full((8, 8, 3), 0.5))
+    assert "float64" in refused(serve.main, "predict", folder, "--image", "float.npy")
+    np.save(tmp_path / "rgba.npy", np.zeros((8, 8, 4), np.uint8))
+    assert "[8, 8, 4]" in refused(serve.main, "predict", folder, "--image", "rgba.npy")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_whole_way_on_cuda(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = [a if a != "cpu" else "cuda" for a in TINY]
+    train_mora.main([*argv, "--methods", "head", "mora", "prompt", "--out", "r"])
+    out = export.export_mora("r")
+    assert serve.check(out, "cuda") <= serve.TOLERANCE
+    assert serve.Diagnoser(out, "cuda").provider == "CUDAExecutionProvider"

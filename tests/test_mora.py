@@ -119,9 +119,8 @@ def test_a_nan_column_equals_a_missing_column_and_never_leaks():
 
 def test_padding_is_not_attended():
     model, batch = make(2), batch_of(2, 2)
-    longer = {**batch, "note": torch.nn.functional.pad(batch["note"][:, :4], (0, 1))}
     batch["note"][:, 4] = 0
-    assert torch.equal(model(batch), model(longer))
+    torch.testing.assert_close(model(batch), model({**batch, "note": batch["note"][:, :4]}), rtol=1e-12, atol=1e-12)
 
 
 def test_vilt_b32_counts():

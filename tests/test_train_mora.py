@@ -40,7 +40,7 @@ def test_a_run_folder_holds_what_the_design_says(tiny):
     steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert {s["method"] for s in steps} == set(train_mora.METHODS) and steps[-1]["step"] == 12
     assert json.loads((run / "timings.json").read_text()) and not (run / "last.pt").exists()
-    assert json.loads((run / "config.json").read_text())["steps"] == "12"
+    assert json.loads((run / "config.json").read_text())["steps"] == 12
     assert (run / "macro_f1.png").stat().st_size > 5000
 
 
@@ -114,10 +114,10 @@ def test_rates_are_picked_on_validation_and_the_winner_is_not_trained_again(tmp_
     monkeypatch.setattr(train_mora, "adapt", lambda cfg, model, *a: (trained.append(a[:3]), adapt(cfg, model, *a))[1])
     train_mora.main([*argv, "--out", "r", "--seeds", "2"])
     assert len(trained) == 2 * (3 + 1)
-    report = json.loads((tmp_path / "r/metrics.json").read_text())
+    report, said = json.loads((tmp_path / "r/metrics.json").read_text()), capsys.readouterr().out
     for name, m in report["methods"].items():
         assert m["lr_grid"][f"{m['lr']:g}"] == max(m["lr_grid"].values()) and len(m["lr_grid"]) == 3
-        assert f"{name}: learning rate {m['lr']:g}, picked on seed 0's validation split" in capsys.readouterr().out or True
+        assert f"{name}: learning rate {m['lr']:g}, picked on seed 0's validation split" in said
         kept = checkpoint.load(tmp_path / f"r/adapters/{name}-s0.pt")
         assert kept["lr"] == m["lr"] and kept["seed"] == 0
 
@@ -140,7 +140,7 @@ def test_several_findings_with_unlabelled_ones(tmp_path, monkeypatch, capsys):
     train_mora.main([*SHORT, "--out", "r", "--data", "several.npz", "--test-missing", "any:0.3", "vitals:1"])
     assert "5 unlabelled" in capsys.readouterr().out
     report = json.loads((tmp_path / "r/metrics.json").read_text())
-    assert 0 < report["methods"]["mora"]["auroc"][0] < 1 and not report["synthetic"]
+    assert 0 < report["methods"]["mora"]["auroc"][0] < 1 and report["synthetic"]  # the file says that it is drawn
 
 
 def test_colour_images_alone(tmp_path, monkeypatch):
@@ -157,7 +157,39 @@ def test_a_base_can_be_pretrained_on_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data.save_study("source.npz", data.phantoms(100, 5, "source").select(("image", "note")))
     train_mora.main([*SHORT, "--out", "r", "--source", "source.npz"])
-    assert len(list((tmp_path / "runs/base").glob("vit-*.pt"))) == 1
+    (base,) = (tmp_path / "runs/base").glob("vit-*.pt")
+    assert set(checkpoint.load(base)["readers"]) == {"label 0.weight", "label 0.bias"}
+
+
+def test_a_source_that_would_leak_or_lacks_samples_is_refused(refused, tmp_path):
+    data.save_study(tmp_path / "s.npz", data.phantoms(100, 5).select(("image", "note")))
+    assert "would see the test labels" in refused(train_mora.main, "--source", "s.npz", "--data", "s.npz")
+    hollow = data.phantoms(100, 5).select(("image", "note"))
+    hollow.notes[:] = ""
+    data.save_study(tmp_path / "h.npz", hollow)
+    assert "no labelled sample has all of image, note" in refused(train_mora.main, *TINY, "--source", "h.npz")
+
+
+def test_phantoms_numbers_pretrain_the_modality_of_their_name():
+    cfg = train_mora.Config(phantoms=60, modalities=("labs",))
+    source = train_mora.read_source(cfg, train_mora.read_target(cfg))
+    assert source.columns == {"labs": data.LABS} and source.numeric["labs"].shape == (60, 2)
+
+
+def test_a_batch_without_known_labels_gives_no_nan():
+    assert train_mora.known_loss(torch.zeros(2, 3), torch.tensor([-1, -1])) == 0
+    logits, labels = torch.randn(4, 3), torch.tensor([0, -1, 2, 1])
+    expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-1)
+    torch.testing.assert_close(train_mora.known_loss(logits, labels), expected)
+
+
+def test_bad_files_are_refused_before_anything_is_written(refused, tiny, tmp_path):
+    good = (tiny[1] / "phantoms.npz").read_bytes()
+    for name, content in (("text", b"hello"), ("cut", good[: len(good) // 2]), ("flipped", good[:9999] + bytes([good[9999] ^ 4]) + good[10000:])):
+        (tmp_path / f"{name}.npz").write_bytes(content)
+        assert f"{name}.npz" in refused(train_mora.main, *TINY, "--data", f"{name}.npz")
+    data.save_study(tmp_path / "one.npz", data.Study("one", np.array([0, 1]), ["a", "b"], notes=np.array(["x", "y"])))
+    assert "need more samples" in refused(train_mora.main, *TINY, "--data", "one.npz")
 
 
 def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -167,7 +199,7 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     assert "ms a step" in said and "memory" in said and "min on cpu" in said and list(tmp_path.iterdir()) == []
 
 
-def test_a_nan_loss_stops_with_step_and_samples(tmp_path, monkeypatch, refused):
+def test_a_nan_loss_stops_with_step_and_samples(tmp_path, monkeypatch, capsys):
     loss, calls = train_mora.diagnosis_loss, []
 
     def broken(logits, labels):
@@ -178,7 +210,8 @@ def test_a_nan_loss_stops_with_step_and_samples(tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         train_mora.main([*SHORT, "--out", "r"])
-    assert stopped.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and "\n" not in said and "nan at step 6, samples [" in said
 
 
 def test_the_loss_check_names_step_and_samples():
