@@ -65,8 +65,10 @@ class MoRABlock(nn.Module):
         self.block, self.mora, self.present = block, mora, None
 
     def forward(self, x, *args, present=None, **kwargs):
-        out = self.block(x, *args, **kwargs)
-        branch = self.mora(x, self.present if present is None else present)
+        present = self.present if present is None else present
+        if present is None and isinstance(self.mora, MoRA):
+            raise ValueError("which modalities are present? pass present [B,M], or set MoRABlock.present first")
+        out, branch = self.block(x, *args, **kwargs), self.mora(x, present)
         return (out[0] + branch, *out[1:]) if isinstance(out, tuple) else out + branch
 
 

@@ -180,6 +180,7 @@ def test_refusals_of_the_modules():
     for build, words in ((lambda: ViT(image_size=30, patch=8), "30 is not divisible by the patch size 8"),
                          (lambda: ViT(width=30, heads=4), "30 is not divisible by 4 heads"),
                          (lambda: ViT(absent="none"), "'none' is not known"), (lambda: MoRA(4, 2, rank=0), "rank 0"),
-                         (lambda: attach(make(2), "dora"), "'dora' is not known")):
+                         (lambda: attach(make(2), "dora"), "'dora' is not known"),
+                         (lambda: attach(make(2), "mora").double()(batch_of(2, 1)), "which modalities are present")):
         with pytest.raises(ValueError, match=words):
             build()
