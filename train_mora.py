@@ -430,6 +430,8 @@ def conclusion(report):
         if "mora" in f1s and other in f1s:
             d = f1s["mora"] - f1s[other]
             verdict = "beats" if (d > 0).all() else "does NOT beat" if d.mean() <= 0 else "does NOT reliably beat"
+            if seeds == 1:
+                verdict = "is above" if d[0] > 0 else "is NOT above"
             wins = "one seed" if seeds == 1 else f"{int((d > 0).sum())} of {seeds} seeds, mean"
             said.append(f"MoRA {verdict} {what} ({wins} {d.mean():+.3f} macro-F1).")
     if seeds == 1:
@@ -458,14 +460,14 @@ def figure(report, path):
             ax.plot(tests, values.mean(1), marker="o", color=f"C{i}", label=name)
             ax.fill_between(tests, values.min(1), values.max(1), color=f"C{i}", alpha=0.15, lw=0)
         else:
-            ax.bar(i, values.mean(), color=f"C{i}", alpha=0.35, width=0.7)
+            ax.plot(i, values.mean(), "_", ms=34, color=f"C{i}")  # no bars: they would have to start at 0
             ax.plot([i] * values.shape[1], values[0], "o", ms=5, color=f"C{i}")
     if len(tests) > 1:
         ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         ax.set_xlabel("missing at test time")
     else:
         ax.set_xticks(range(len(methods)), list(methods), rotation=20)
-        ax.set_ylim(bottom=max(0, min(min(m["macro_f1"]) for m in methods.values()) - 0.1))
+        ax.set_xlim(-0.6, len(methods) - 0.4)
     ax.set_ylabel("macro-F1 on the test split")
     ax.set_title(f"{report['data']}, {origin(report)}; trained with {report['missing']} missing; "
                  f"{len(report['seeds'])} seed(s)", fontsize=9)
