@@ -1,0 +1,754 @@
+"""SeLoRA's claims: the probe is the loop, growth changes nothing, what waits stays put, merging is exact."""
+
+import copy
+import inspect
+import io
+import math
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+from minilora import selora
+from minilora.selora import FisherProbe, LoRAConv2d, LoRALinear, Score, adapters, fisher_loop, grow, inject, plan
+
+LAYERS = {  # name: (layer, shape of the input, samples first)
+    "linear [N,d]": (lambda: nn.Linear(6, 5), (4, 6)),
+    "linear [N,T,d]": (lambda: nn.Linear(6, 5), (4, 7, 6)),
+    "linear few tokens, no bias": (lambda: nn.Linear(16, 12, bias=False), (4, 2, 16)),
+    "linear [N,S,T,d]": (lambda: nn.Linear(6, 5), (4, 2, 3, 6)),
+    "conv 1x1": (lambda: nn.Conv2d(3, 5, 1), (4, 3, 6, 5)),
+    "conv 1x1 stride 2": (lambda: nn.Conv2d(3, 5, 1, stride=2), (4, 3, 6, 5)),
+    "conv 3x3": (lambda: nn.Conv2d(3, 5, 3, padding=1), (4, 3, 6, 5)),
+    "conv 3x3 few pixels": (lambda: nn.Conv2d(8, 9, 3, padding=1), (4, 8, 3, 2)),
+    "conv padding 0, no bias": (lambda: nn.Conv2d(3, 5, 3, bias=False), (4, 3, 6, 5)),
+    "conv stride 2": (lambda: nn.Conv2d(3, 5, 3, stride=2, padding=1), (4, 3, 7, 6)),
+    "conv stride 2 few pixels": (lambda: nn.Conv2d(8, 40, 3, stride=2, padding=1), (4, 8, 4, 5)),
+    "conv stride 3, kernel (2,3)": (lambda: nn.Conv2d(3, 5, (2, 3), stride=(3, 2), padding=(0, 2)), (4, 3, 8, 7)),
+    "conv stride above kernel": (lambda: nn.Conv2d(3, 5, 2, stride=3, padding=1), (4, 3, 9, 7)),
+    "conv padding above k-1": (lambda: nn.Conv2d(3, 5, 3, padding=4), (4, 3, 4, 5)),
+    "conv 1x1 padding 1": (lambda: nn.Conv2d(3, 5, 1, padding=1), (4, 3, 4, 5)),
+    "conv dilation 2": (lambda: nn.Conv2d(3, 5, 3, padding=2, dilation=2), (4, 3, 6, 5)),
+    "conv dilation 2 few pixels": (lambda: nn.Conv2d(8, 100, 3, (1, 2), 2, 2), (4, 8, 3, 4)),
+    "conv same, even kernel": (lambda: nn.Conv2d(3, 5, (4, 2), padding="same"), (4, 3, 6, 5)),
+    "conv valid": (lambda: nn.Conv2d(3, 5, 3, padding="valid"), (4, 3, 6, 5)),
+}
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+
+@pytest.fixture(autouse=True)
+def one_thread_seeded():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def stirred(model, rank=None):
+    """The model with its active rows of B away from zero, as after some training."""
+    for layer in adapters(model).values():
+        layer.rank = layer.rank if rank is None else rank
+        with torch.no_grad():
+            layer.B[:layer.rank].normal_()
+    return model
+
+
+def single(kind, rank=2, capacity=4):
+    make, shape = LAYERS[kind]
+    model = nn.Sequential(make().double())
+    inject(model, rank=rank, capacity=capacity, scale=1.7)
+    return stirred(model), torch.randn(shape, dtype=torch.float64)
+
+
+def per_sample(y):
+    """A loss per sample [N] in which positions and channels matter differently."""
+    y = y.flatten(1)
+    return (y * torch.linspace(-1, 2, y.shape[1], dtype=y.dtype)).tanh().sum(1) + 0.1 * y.square().sum(1)
+
+
+def probed(model, x, expected=True):
+    with FisherProbe(model, expected) as probe:
+        per_sample(model(x)).mean().backward()
+    return probe.scores()
+
+
+def close(a, b, tolerance=1e-9):
+    return a == b or abs(a - b) <= tolerance * max(abs(a), abs(b))
+
+
+def small():
+    """A model with a convolution, tokens and a vector, all adapted."""
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 8, 3, padding=1), nn.GroupNorm(2, 8)
+            self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 3, bias=False)
+
+        def forward(self, x):
+            h = self.norm(self.conv(x)).tanh().flatten(2).transpose(1, 2)  # [N,T,8]
+            return self.head(self.mix(h).tanh().mean(1))
+
+    return Small().double()
+
+
+def batch(n=5):
+    return torch.randn(n, 2, 4, 4, dtype=torch.float64)
+
+
+# ---- Fisher information
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 4])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_probe_is_the_loop(kind, rank):
+    model, x = single(kind, rank)
+    slow, fast = fisher_loop(model, per_sample(model(x)))["0"], probed(model, x)["0"]
+    assert close(slow.current, fast.current) and close(slow.candidate, fast.candidate) and close(slow.ratio, fast.ratio)
+    if rank == 0:
+        assert fast.current == slow.current == 0 and fast.ratio == slow.ratio == math.inf and fast.candidate > 0
+    elif rank == 4:
+        assert fast[1:] == slow[1:] == (0.0, 0.0, 1.0) and fast.current > 0
+    else:
+        assert fast.current > 0 and fast.candidate > 0 and close(fast.ratio, 1 + fast.candidate / fast.current)
+        assert probed(model, x, expected=False)["0"][:2] == fast[:2]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_expected_is_the_squared_full_gradient_of_each_sample(kind):
+    model, x = single(kind)
+    layer = model[0]
+    norms = [selora.full_gradients(model, lambda n=n: per_sample(model(x[n:n + 1])).sum())["0"].square().sum().item()
+             for n in range(len(x))]
+    exact = layer.scale**2 * 2 / layer.fan_in * sum(norms) / len(norms)
+    assert close(probed(model, x)["0"].expected, exact)
+
+
+@pytest.mark.parametrize("kind", ["linear [N,T,d]", "conv 3x3", "conv stride 2 few pixels"])
+def test_expected_is_the_mean_over_drawn_columns(kind):
+    model, x = single(kind, rank=1, capacity=2)
+    layer, drawn = model[0], []
+    closed = probed(model, x, True)["0"].expected
+    bound = math.sqrt(6 / layer.fan_in)
+    for _ in range(600):
+        with torch.no_grad():
+            layer.A.narrow(layer.axis, 1, 1).uniform_(-bound, bound)
+        drawn.append(probed(model, x, False)["0"].candidate)
+    drawn = torch.tensor(drawn)
+    error = drawn.std().item() / math.sqrt(len(drawn))
+    assert abs(drawn.mean().item() - closed) < 4 * error and error < 0.1 * closed
+
+
+def test_the_loops_expected_is_the_mean_over_waiting_columns():
+    model, x = single("linear [N,T,d]", rank=1, capacity=4)
+    seen = []
+    for k in range(1, 4):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other[0].A[:, 1] = model[0].A[:, k]
+        seen.append(fisher_loop(other, per_sample(other(x)))["0"].candidate)
+    assert close(fisher_loop(model, per_sample(model(x)))["0"].expected, sum(seen) / 3)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_loop_is_torch_func(rank):
+    model, x = stirred(inject_into(small(), rank=rank, capacity=3), rank), batch()
+    layers = adapters(model)
+    parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    opened = {f"{n}.active": torch.ones_like(layer.active) for n, layer in layers.items()}
+
+    def loss(p, sample):
+        return per_sample(torch.func.functional_call(model, {**p, **opened}, (sample[None],)))[0]
+
+    G = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    scores = fisher_loop(model, per_sample(model(x)))
+    for name, layer in layers.items():
+        A, B = G[f"{name}.A"].square().mean(0), G[f"{name}.B"].square().mean(0).sum(1)
+        current = (A.sum() + B[:layer.rank].sum()).item()  # also shows that waiting columns have none
+        assert close(scores[name].current, current, 1e-12)
+        assert close(scores[name].candidate, B[layer.rank].item(), 1e-12)
+
+
+def inject_into(model, **kwargs):
+    inject(model, **kwargs)
+    return model
+
+
+def test_candidate_is_the_gradient_after_growth():
+    model, x = single("conv 3x3", rank=1)
+    before = probed(model, x)["0"]
+    model[0].rank = 2
+    after = probed(model, x)["0"]
+    assert close(after.current, before.current + before.candidate)  # the paper's numerator, measured after the growth
+    assert close(before.ratio, after.current / before.current)
+
+
+def test_loop_and_probe_leave_no_trace():
+    model, x = single("linear [N,T,d]")
+    parameter = model[0].B
+    losses, state = per_sample(model(x)), copy.deepcopy(model.state_dict())
+    fisher_loop(model, losses)
+    assert parameter.grad is None and all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    losses.mean().backward()  # the graph is still there, and the mask closed again
+    loop = parameter.grad.clone()
+    assert loop[2:].abs().max() == 0 and loop[:2].abs().max() > 0
+    parameter.grad = None
+    probed(model, x)
+    assert torch.equal(parameter.grad, loop) and not model[0]._forward_hooks
+    with pytest.raises(ZeroDivisionError), FisherProbe(model):
+        raise ZeroDivisionError
+    assert not model[0]._forward_hooks
+    with pytest.raises(RuntimeError, match="boom"):  # a backward that fails closes the rows again, too
+        losses = per_sample(model(x))
+        losses.register_hook(lambda g: (_ for _ in ()).throw(RuntimeError("boom")))
+        fisher_loop(model, losses)
+    assert model[0].active.sum() == 2
+
+
+@pytest.mark.parametrize("kind", ["linear [N,T,d]", "conv 3x3", "conv stride 2", "conv dilation 2"])
+def test_a_layer_called_twice_sums_its_calls(kind):
+    class Twice(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):  # the second call sees another number of positions, and what the first gave
+            first = self.layer(x).tanh().flatten(1)  # [N,*]
+            second = x.narrow(x.dim() - 2, 0, 4) * first.mean(1).reshape(-1, *[1] * (x.dim() - 1))
+            return torch.cat([first, self.layer(second).flatten(1)], 1)
+
+    make, shape = LAYERS[kind]
+    model, x = stirred(inject_into(Twice(make().double()), rank=2, capacity=4)), torch.randn(shape, dtype=torch.float64)
+    slow, fast, layer = fisher_loop(model, per_sample(model(x)))["layer"], probed(model, x)["layer"], model.layer
+    assert close(slow.current, fast.current) and close(slow.candidate, fast.candidate)
+    exact = [selora.full_gradients(model, lambda n=n: per_sample(model(x[n:n + 1])).sum())["layer"].square().sum()
+             for n in range(len(x))]
+    assert close(fast.expected, layer.scale**2 * 2 / layer.fan_in * sum(exact).item() / len(exact))
+
+
+def test_probe_beside_other_hooks_evaluation_and_checkpointing():
+    plain = stirred(inject_into(small(), rank=1))
+    x = batch()
+    hooked = copy.deepcopy(plain)
+    hooked.mix.register_forward_hook(lambda module, inputs, y: 3 * y)
+    hooked.conv.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    slow, fast = fisher_loop(hooked, per_sample(hooked(x))), probed(hooked, x)
+    assert all(close(slow[n].current, fast[n].current) for n in slow)
+    reference = probed(plain, x)
+    assert not close(reference["mix"].current, fast["mix"].current, 1e-3)
+    with FisherProbe(plain) as probe:
+        with torch.no_grad():
+            plain(batch(2))  # an evaluation in between, of another batch size
+        y = torch.utils.checkpoint.checkpoint(plain, x, use_reentrant=False)
+        per_sample(y).mean().backward()
+    again = probe.scores()
+    assert all(close(a, b) for n in again for a, b in zip(again[n], reference[n]))
+
+
+def test_probe_under_autocast_is_float32():
+    model = stirred(inject_into(small().float(), rank=1))
+    x, found = batch().float(), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            with FisherProbe(model) as probe:
+                per_sample(model(x).float()).mean().backward()
+            assert not enabled or probe.calls["mix"][0][1].dtype == torch.bfloat16
+            found.append(probe.scores())
+    for name, (x, g) in ((n, calls[0]) for n, calls in probe.calls.items()):  # nothing was rounded after the capture
+        exact = (5 * selora.fisher(adapters(model)[name].double(), [(x.double(), g.double())], True)).tolist()
+        assert all(close(a, b, 1e-5) for a, b in zip(exact, found[1][name]))
+    assert all(close(a, b, 0.1) and a != b for n in ("mix", "conv") for a, b in zip(found[0][n][:3], found[1][n][:3]))
+
+
+def test_probe_can_be_used_again():
+    model, x = single("linear [N,d]")
+    probe, seen = FisherProbe(model), []
+    for n in (4, 3):
+        with probe:
+            per_sample(model(x[:n])).mean().backward()
+        seen.append(probe.scores())
+    assert seen[0] == probed(model, x) and seen[1] == probed(model, x[:3]) != seen[0]
+
+
+def test_nan_is_not_taken_for_no_information():
+    model, x = single("linear [N,d]")
+    x[0, 0] = math.nan
+    for found in (probed(model, x), fisher_loop(model, per_sample(model(x)))):
+        assert all(math.isnan(v) for v in found["0"])
+        with pytest.raises(ValueError, match="layer '0'.*nan"):
+            grow(model, found)
+
+
+def test_unused_layer_and_no_information():
+    model = nn.ModuleDict(dict(used=nn.Linear(3, 2), unused=nn.Linear(3, 2))).double()
+    inject(model)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    slow = fisher_loop(model, per_sample(model["used"](x)))
+    with FisherProbe(model) as probe:
+        per_sample(model["used"](x)).mean().backward()
+    assert probe.scores()["unused"] == slow["unused"] == Score(0.0, 0.0, 0.0, 1.0)
+    full = selora.full_gradients(model, lambda: per_sample(model["used"](x)).mean())
+    assert full["used"].abs().max() > 0 and torch.equal(full["unused"], torch.zeros(2, 3, dtype=torch.float64))
+
+
+def test_at_the_start_the_ratio_is_about_two():
+    """B = 0: only the open row has information, and a waiting row has as much, on average: lambda caps the rank."""
+    model, x = single("linear [N,T,d]", rank=1, capacity=2)
+    found = []
+    for _ in range(200):
+        with torch.no_grad():
+            model[0].B.zero_()
+            model[0].A.uniform_(-1, 1)
+        found.append(probed(model, x, False)["0"])
+    assert abs(sum(s.candidate for s in found) / sum(s.current for s in found) - 1) < 0.2
+
+
+def test_probe_refuses_what_is_not_per_sample():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.place = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.first(x) + self.place(x[:1])
+
+    model = inject_into(Positions())
+    with pytest.raises(ValueError, match=r"layer 'place': input \[1, 3\] has not the 4 samples"), FisherProbe(model):
+        model(torch.randn(4, 3))
+    assert not model.first._forward_hooks
+    with pytest.raises(ValueError, match="no dimension for the samples"), FisherProbe(model):
+        model.first(torch.randn(3))
+    with FisherProbe(model) as probe:
+        pass
+    with pytest.raises(RuntimeError, match="no backward"):
+        probe.scores()
+    for losses in (torch.zeros(4), model.first(torch.randn(4, 3)), model.first(torch.randn(4, 3)).sum()):
+        with pytest.raises(ValueError, match="one loss per sample"):
+            fisher_loop(model, losses)
+
+
+# ---- growth without surgery
+
+
+def optimizers(model):
+    groups = selora.adapter_groups(model, 0.3)
+    return dict(adam=torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.05),
+                adamw=torch.optim.AdamW(groups, 0.05), sgd=torch.optim.SGD(groups, 0.05, momentum=0.9))
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw", "sgd"])
+def test_training_and_growth(kind):
+    model = inject_into(small(), rank=1, capacity=4)
+    layers, optimizer = adapters(model), optimizers(model)[kind]
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    start = {n: layer.A.detach().clone() for n, layer in layers.items()}
+    for step in range(8):
+        x = batch()
+        optimizer.zero_grad()
+        per_sample(model(x)).mean().backward()
+        for layer in layers.values():
+            assert layer.B.grad[:layer.rank].abs().sum(1).min() > 0  # a grown row learns at once
+            assert layer.B.grad[layer.rank:].abs().sum() == 0
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        for name, layer in layers.items():
+            r, moved = layer.rank, (layer.A.detach() - start[name]).narrow(layer.axis, 0, layer.rank)
+            waiting = lambda A, layer=layer, r=r: A.detach().narrow(layer.axis, r, layer.capacity - r)
+            assert (layer.B[r:] == 0).all() and layer.B[:r].abs().sum(1).min() > 0
+            assert torch.equal(waiting(layer.A), waiting(start[name])) and (step == 0 or moved.abs().max() > 0)
+        if step % 2:
+            before, grown = model(x), grow(model, probed(model, x), lam=0.0)
+            assert torch.equal(model(x), before)
+            assert grown == ({n: layer.rank for n, layer in layers.items()} if step < 7 else {})  # at capacity: nothing
+        assert held == {id(p) for p in model.parameters() if p.requires_grad}
+    assert all(layer.rank == 4 for layer in layers.values())
+
+
+def test_weight_decay_without_the_groups_would_shrink_waiting_columns():
+    model = inject_into(small())
+    before = model.mix.A.detach().clone()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05, weight_decay=0.3)
+    per_sample(model(batch())).mean().backward()
+    optimizer.step()
+    assert (model.mix.A[:, 1:].abs() < before[:, 1:].abs()).all()
+
+
+def test_rank_zero_is_the_base_and_rank_only_rises():
+    model, x = inject_into(small(), rank=0), batch()
+    layers = adapters(model)
+    for layer in layers.values():
+        with torch.no_grad():
+            layer.B.normal_()  # even rows that were not zero would be masked
+    adapted = model(x)
+    selora.replace(model, {layer: layer.base for layer in layers.values()})
+    base = model(x)
+    assert torch.equal(adapted, base) and not adapters(model)
+    selora.replace(model, {layer.base: layer for layer in layers.values()})
+    assert selora.adapter_parameters(model) == 0
+    model.mix.rank += 3
+    assert model.mix.rank == 3 and model.mix.active.sum() == 3 and not torch.allclose(model(x), base)
+    for rank in (2, 9):
+        with pytest.raises(ValueError, match=f"rank 3 can be raised up to the capacity 8, not set to {rank}"):
+            model.mix.rank = rank
+    assert model.mix.rank == 3
+
+
+def test_initialisation():
+    torch.manual_seed(3)
+    linear, conv = LoRALinear(nn.Linear(600, 20), capacity=50), LoRAConv2d(nn.Conv2d(60, 20, 3), capacity=50)
+    for layer, fan_in in ((linear, 600), (conv, 540)):
+        assert layer.fan_in == fan_in and (layer.B == 0).all() and layer.A.abs().max() <= math.sqrt(6 / fan_in)
+        assert abs(layer.A.var().item() * fan_in / 2 - 1) < 0.03  # the variance that `expected` counts on
+    torch.manual_seed(5)
+    first = inject_into(small())  # draws the base, then the adapters
+    torch.manual_seed(5)
+    again = inject_into(small())
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
+    assert list(inspect.signature(LoRALinear).parameters.values())[2].default == 8
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "state_dict"])
+def test_copies_keep_rank_mask_and_growth(how):
+    model, x = stirred(inject_into(small(), rank=1, capacity=4), 2), batch()
+    model.mix.rank = 3
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    elif how == "pickle":  # of the layers: the class of the model is local to a function
+        other = small()
+        for name in adapters(model):
+            setattr(other, name, pickle.loads(pickle.dumps(getattr(model, name))))
+        other.norm = model.norm
+    else:
+        buffer = io.BytesIO()
+        torch.save(model.state_dict(), buffer)
+        buffer.seek(0)
+        other = inject_into(small(), rank=1, capacity=4)
+        other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(other(x), model(x))
+    assert {n: v.rank for n, v in adapters(other).items()} == {"conv": 2, "mix": 3, "head": 2}
+    assert probed(other, x) == probed(model, x)
+    per_sample(other(x)).mean().backward()
+    assert all((v.B.grad[v.rank:] == 0).all() for v in adapters(other).values())
+    other.conv.rank += 1
+    assert other.conv.rank == 3 and model.conv.rank == 2 and model.conv.active.sum() == 2
+
+
+# ---- inject, merge, save
+
+
+def test_inject_names_freezes_and_targets():
+    model = small()
+    assert inject(model) == ["conv", "mix", "head"] == list(adapters(model))
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        f"{layer}.{p}" for layer in ("conv", "mix", "head") for p in "AB"}
+    model = small()
+    assert inject(model, "mix|head", rank=2, capacity=5, scale=3.0) == ["mix", "head"]
+    assert (model.mix.rank, model.mix.capacity, model.mix.scale) == (2, 5, 3.0) and type(model.conv) is nn.Conv2d
+    assert not model.conv.weight.requires_grad and not model.norm.weight.requires_grad
+    for part in ("mi", "ix"):
+        with pytest.raises(ValueError, match="match no layer"):
+            inject(small(), part)  # the whole name, or nothing
+    assert inject(nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.ReLU()), "0.*") == ["0.0"]  # containers do not count
+
+
+def test_a_layer_under_two_names_is_one_adapter():
+    shared = nn.Linear(3, 3).double()
+    model, x = nn.Sequential(shared, nn.Tanh(), shared, nn.Sequential(shared)), torch.randn(4, 3, dtype=torch.float64)
+    assert inject(model, "2") == ["0"] and model[0] is model[2] is model[3][0] and len(adapters(model)) == 1
+    stirred(model)
+    before = model(x)
+    selora.merge(model)
+    assert model[0] is model[2] is model[3][0] is shared and (model(x) - before).abs().max() < 1e-12
+
+
+def test_attention_of_torch():
+    """out_proj is read, not called: left out. The encoder layer's inference path reads weights, and sees the merged."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    x = torch.randn(2, 3, 8)
+    assert inject(model) == ["linear1", "linear2"]
+    stirred(model)
+    trained = model(x)
+    with torch.no_grad():
+        assert (model.eval()(x) - trained).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="layer 'self_attn.out_proj': .*MultiheadAttention"):
+        inject(nn.TransformerEncoderLayer(8, 2, 16), ".*out_proj")
+    with pytest.raises(ValueError, match="layer 'self_attn': MultiheadAttention is not supported"):
+        inject(nn.TransformerEncoderLayer(8, 2, 16), "self_attn")
+
+
+def refused_models():
+    linear = lambda: nn.Linear(4, 4)
+    return {
+        "targets 'encoder.*' match no layer": (nn.Sequential(linear()), dict(targets="encoder.*")),
+        "layer '1': Embedding is not supported": (nn.Sequential(linear(), nn.Embedding(3, 4)), dict(targets="[01]")),
+        "layer '1': LayerNorm is not supported": (nn.Sequential(linear(), nn.LayerNorm(4)), dict(targets=".*")),
+        "layer '1': Conv2d with groups=2": (nn.Sequential(linear(), nn.Conv2d(4, 4, 3, groups=2)), {}),
+        "layer '1': Conv2d with groups=1 and padding_mode='circular'": (
+            nn.Sequential(linear(), nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")), {}),
+        "layer '0': rank 9 with capacity 8": (nn.Sequential(linear()), dict(rank=9)),
+        "rank -1 with capacity 8": (nn.Sequential(linear()), dict(rank=-1)),
+        "rank 0 with capacity 0": (nn.Sequential(linear()), dict(rank=0, capacity=0)),
+        "targets None match no layer": (nn.Sequential(nn.ReLU()), {}),
+        "put it into an nn.Sequential": (linear(), {}),
+    }
+
+
+@pytest.mark.parametrize("message", refused_models())
+def test_inject_refuses_and_changes_nothing(message):
+    model, options = refused_models()[message]
+    before, drawn = list(model.modules()), torch.get_rng_state()
+    with pytest.raises(ValueError) as error:
+        inject(model, **options)
+    assert message in str(error.value)
+    assert list(model.modules()) == before and all(p.requires_grad for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_layers_refuse():
+    for make, base, message in [(LoRALinear, nn.Conv2d(2, 2, 3), "Conv2d is not supported"),
+                                (LoRAConv2d, nn.Linear(2, 2), "Linear is not supported"),
+                                (LoRALinear, nn.Embedding(2, 2), "Embedding is not supported"),
+                                (LoRAConv2d, nn.Conv2d(2, 2, 3, groups=2), "groups=2")]:
+        with pytest.raises(ValueError, match=message):
+            make(base)
+    with pytest.raises(ValueError, match="rank 9 with capacity 8"):
+        LoRALinear(nn.Linear(2, 2), rank=9)
+    with pytest.raises(ValueError, match="has adapters already"):
+        inject(inject_into(small()))
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_merge(kind, dtype, tolerance):
+    model, x = single(kind)
+    model, x = model.to(dtype), x.to(dtype)
+    before, delta, weight = model(x), model[0].delta(), model[0].base.weight.clone()
+    assert delta.shape == weight.shape and delta.abs().max() > 0.1
+    assert selora.merge(model) is model and type(model[0]) in (nn.Linear, nn.Conv2d) and not adapters(model)
+    assert (model(x) - before).abs().max() <= tolerance * max(1, before.abs().max())
+    assert model[0].weight.dtype == dtype and torch.allclose(model[0].weight - weight, delta, atol=1e-5)
+    assert all(p.is_leaf and not p.requires_grad for p in model.parameters())
+
+
+def test_merge_in_bfloat16_rounds_once_and_unties():
+    embedding, head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+    head.weight = embedding.weight
+    model = nn.Sequential(embedding, head).bfloat16()
+    tied = embedding.weight.detach().clone()
+    stirred(inject_into(model))
+    exact = copy.deepcopy(model[1]).double()
+    selora.merge(model)
+    assert torch.equal(model[1].weight, (exact.base.weight + exact.delta()).bfloat16())
+    assert torch.equal(embedding.weight, tied)
+
+
+def test_adapter_state_round_trip_in_a_fresh_process(tmp_path):
+    model, x = stirred(inject_into(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3)).double())), batch()
+    model[2].rank = 4
+    stirred(model)
+    state = selora.adapter_state(model)
+    assert {n: (list(v["A"].shape), list(v["B"].shape)) for n, v in state.items()} == {
+        "0": ([1, 2, 3, 3], [1, 4]), "2": ([16, 4], [4, 3])}
+    assert all(type(v) in (torch.Tensor, float) and not getattr(v, "requires_grad", False)
+               for layer in state.values() for v in layer.values())
+    base = {k.replace("base.", ""): v for k, v in model.state_dict().items() if "base." in k}
+    torch.save(dict(state=state, base=base, x=x, y=model(x).detach()), tmp_path / "adapter.pt")
+    code = textwrap.dedent(f"""
+        import torch
+        from torch import nn
+        from minilora import selora
+        kept = torch.load({str(tmp_path / "adapter.pt")!r}, weights_only=True)
+        model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3)).double()
+        model.load_state_dict(kept["base"])
+        selora.inject(model, rank=0, capacity=6)
+        selora.load_adapter(model, kept["state"])
+        assert [layer.rank for layer in selora.adapters(model).values()] == [1, 4]
+        assert torch.equal(model(kept["x"]), kept["y"])
+        model[2].rank = 6  # and on
+        assert torch.equal(model(kept["x"]), kept["y"])
+        model(kept["x"]).square().sum().backward()
+        assert model[2].B.grad.abs().sum(1).min() > 0
+        print("same")""")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+                         env={"PYTHONPATH": inspect.getfile(selora).rsplit("/minilora/", 1)[0]})
+    assert run.stdout == "same\n", run.stderr
+
+
+def test_load_adapter_into_lower_and_higher_ranks():
+    source, x = stirred(inject_into(small(), rank=2, scale=0.7)), batch()
+    state = selora.adapter_state(source)
+    for rank in (0, 3):
+        other = small()
+        other.load_state_dict({k.replace("base.", ""): v for k, v in source.state_dict().items()
+                               if k.rsplit(".", 1)[1] not in ("A", "B", "active")})
+        stirred(inject_into(other, rank=rank))
+        selora.load_adapter(other, state)
+        y = other(x)
+        assert (y - source(x)).abs().max() < 1e-14 and other.mix.rank == other.mix.active.sum() == 2
+        assert (other.mix.B[2:] == 0).all()
+        other.mix.rank = 5
+        assert torch.equal(other(x), y)
+
+
+def test_load_adapter_refuses_and_changes_nothing():
+    model = inject_into(small(), rank=1, capacity=2)
+    before, good = copy.deepcopy(model.state_dict()), selora.adapter_state(stirred(inject_into(small(), rank=2)))
+    missing = {k: v for k, v in good.items() if k != "mix"}
+    wide = {**good, "head": dict(good["head"], A=torch.zeros(9, 2), B=torch.zeros(2, 3))}
+    mixed = {**good, "head": dict(good["head"], B=torch.zeros(1, 3))}
+    high = selora.adapter_state(stirred(inject_into(small(), rank=3)))
+    for state, message in [(missing, "layer 'mix' is in the model only"),
+                           ({**good, "extra": good["mix"]}, "layer 'extra' is in what was given only"),
+                           (wide, r"layer 'head': A \[9, 2\]"), (mixed, "layer 'head': A .* do not fit"),
+                           ({**good, "head": {"A": good["head"]["A"]}}, "layer 'head': the state needs A, B and scale"),
+                           (high, "layer 'conv': rank 3 is above the capacity 2")]:
+        with pytest.raises(ValueError, match=message):
+            selora.load_adapter(model, state)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# ---- rules and budgets
+
+
+def scored(model, **fields):
+    """Scores of the layers in order, from lists of fields."""
+    rows = [dict(current=1.0, candidate=0.0, expected=0.0, ratio=1.0) for _ in adapters(model)]
+    for field, values in fields.items():
+        for row, value in zip(rows, values):
+            row[field] = value
+    return {name: Score(**row) for name, row in zip(adapters(model), rows)}
+
+
+def test_ratio_rule():
+    model = inject_into(small(), capacity=2)
+    scores = scored(model, ratio=[1.29, 1.3, math.inf], expected=[0.5, 0.29, 0.31])
+    assert grow(model, scores) == {"head": 2, "mix": 2} and model.conv.rank == 1
+    assert grow(model, scores) == {}  # the rest is at capacity
+    assert grow(model, scores, ratio_of="expected", lam=1.5) == {"conv": 2}
+
+
+def test_gain_cheapest_random_and_budgets():
+    # costs: conv 18 + 8 = 26, mix 16, head 11; rank 1 everywhere is 53
+    names = ["conv", "mix", "head"]
+    model = inject_into(small())
+    assert [selora.adapter_cost(v) for v in adapters(model).values()] == [26, 16, 11]
+    assert selora.adapter_parameters(model) == 53
+    gain = scored(model, expected=[27.0, 16.0, 1.0])  # 1.04, 1, .09 per parameter
+    for budget, grown in [(53, []), (63, []), (64, ["head"]), (69, ["mix"]), (79, ["conv"]), (94, ["conv", "head"]),
+                          (95, ["conv", "mix"]), (106, names)]:
+        model = inject_into(small())
+        assert list(grow(model, gain, "gain", budget=budget)) == grown and selora.adapter_parameters(model) <= budget
+    model = inject_into(small())
+    assert list(grow(model, None, "cheapest", budget=80)) == ["head", "mix"]
+    assert list(grow(model, gain, "gain", budget=10**6)) == names
+    assert grow(model, scored(model), "gain", budget=10**6) == {}  # no information, no rank
+    orders = set()
+    for seed in range(20):
+        model = inject_into(small())
+        grown = grow(model, None, "random", budget=90, generator=torch.Generator().manual_seed(seed))
+        orders.add(tuple(grown))
+        again = inject_into(small())
+        assert grow(again, None, "random", budget=90, generator=torch.Generator().manual_seed(seed)) == grown
+        assert selora.adapter_parameters(model) == 53 + sum({"conv": 26, "mix": 16, "head": 11}[n] for n in grown) <= 90
+    assert orders == {("conv", "head"), ("head", "conv"), ("mix", "head"), ("head", "mix")}
+    model = inject_into(small(), capacity=3)
+    for _ in range(5):
+        grow(model, None, "cheapest", budget=10**6)
+    assert all(v.rank == 3 for v in adapters(model).values()) and grow(model, None, "cheapest", budget=10**6) == {}
+    model = inject_into(small())
+    grow(model, scored(model, ratio=[5.0, 9.0, 4.0]), "ratio", budget=53 + 27)  # the largest ratio first
+    assert [v.rank for v in adapters(model).values()] == [1, 2, 2]
+
+
+def test_grow_refuses():
+    model = inject_into(small())
+    nan = scored(model, expected=[math.nan] * 3)
+    for arguments, message in [((nan, "gain", 1.3, "sampled", 60), "layer 'conv': .* use FisherProbe"),
+                               ((nan, "ratio", 1.3, "expected"), "layer 'conv': .* use FisherProbe"),
+                               ((nan, "best"), "rule 'best'"), ((nan, "ratio", 1.3, "exact"), "ratio_of 'exact'"),
+                               ((nan, "random"), "needs a budget"), ((None, "ratio"), "no score for layer 'conv'"),
+                               (({"conv": nan["conv"]}, "ratio"), "no score for layer 'mix'"),
+                               ((nan, "ratio", 1.3, "sampled", 52), "52 parameters is below the 53 of rank 1")]:
+        with pytest.raises(ValueError, match=message):
+            grow(model, *arguments)
+    assert selora.adapter_parameters(model) == 53
+
+
+def batches(model, count):
+    data = [batch(8) for _ in range(count)]
+    return [selora.full_gradients(model, lambda x=x: per_sample(model(x)).mean()) for x in data]
+
+
+def test_full_gradients_are_the_gradients_of_an_unfrozen_model():
+    base, x = small(), batch()
+    model = inject_into(copy.deepcopy(base), rank=0)
+    found = selora.full_gradients(model, lambda: per_sample(model(x)).mean())
+    per_sample(base(x)).mean().backward()
+    for name, layer in adapters(model).items():
+        assert torch.allclose(found[name], getattr(base, name).weight.grad.flatten(1), rtol=1e-12, atol=0)
+        assert not layer.base.weight.requires_grad and layer.base.weight.grad is None and layer.B.grad is None
+
+
+def test_neyman_by_hand():
+    model = nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(9, 7, bias=False), nn.Linear(1, 1, bias=False))
+    inject(model, rank=0, capacity=10**4)
+    a, b = torch.tensor([[1.0, 0, 0, 0], [2, 0, 0, 0]]), torch.tensor([[2.0, 1, 0, 0], [-1, 0, 0, 0]])
+    c, none = torch.ones(7, 9), torch.zeros(1, 1)
+    ranks = plan(model, "neyman", 60000, iter([{"0": a, "1": c, "2": none}, {"0": b, "1": c, "2": none}]))
+    D = [math.sqrt(2 / 4) * 2 / math.sqrt((1 + 5) / 2), math.sqrt(2 / 9) * 7 * 9 / 3]  # row 1 of '0' disagrees: 0
+    wanted = [math.sqrt(d / cost) for d, cost in zip(D, (6, 16))]
+    assert abs(ranks["0"] / ranks["1"] - wanted[0] / wanted[1]) < 1e-3 and ranks["2"] == 0
+    assert 59984 < 6 * ranks["0"] + 16 * ranks["1"] <= 60000
+    three = plan(model, "neyman", 60000, [{"0": a, "1": c, "2": none}, {"0": b, "1": c, "2": none},
+                                          {"0": 3 * a, "1": c, "2": none}])  # G_a is now 2a: m 4, v (1 + 5 + 9) / 3
+    D[0] = math.sqrt(2 / 4) * 4 / math.sqrt(5)
+    assert abs(three["0"] / three["1"] - math.sqrt(D[0] / 6) / wanted[1]) < 1e-3
+
+
+@pytest.mark.parametrize("rule", selora.PLANS)
+def test_plans_respect_budget_and_capacity(rule):
+    model = inject_into(small(), rank=0, capacity=4)
+    gradients = batches(model, 4)
+    previous = 0
+    for budget in (11, 27, 53, 80, 100, 150, 211, 212, 500):
+        ranks = plan(model, rule, budget, gradients)
+        spent = sum(selora.adapter_cost(v) * ranks[n] for n, v in adapters(model).items())
+        assert previous <= spent <= budget and all(0 <= r <= 4 for r in ranks.values())
+        previous = spent
+    assert set(ranks.values()) == {4} and min(plan(model, rule, 11, gradients).values()) == 0
+    selora.set_ranks(model, plan(model, rule, 100, gradients))
+    assert 74 < selora.adapter_parameters(model) <= 100  # nothing that still fits is left over
+    with pytest.raises(ValueError, match="10 parameters buys no rank: the cheapest costs 11"):
+        plan(model, rule, 10, gradients)
+
+
+def test_apportion():
+    numbered = lambda values: dict(enumerate(values))
+    ask = lambda weights, costs, budget, caps: list(
+        selora.apportion(numbered(weights), numbered(costs), budget, numbered(caps)).values())
+    assert ask([1, 1, 1], [5, 5, 5], 15, [8] * 3) == [1, 1, 1]
+    assert ask([1, 1, 1], [5, 5, 5], 14, [8] * 3) == [1, 1, 0]  # all round up at once: what fits, in order
+    assert ask([3, 2, 1], [1, 1, 1], 6, [8] * 3) == [3, 2, 1]
+    assert ask([100, 1, 1], [1, 1, 1], 10, [4] * 3) == [4, 3, 3]  # capped, the rest is shared
+    assert ask([1, 0, 0], [1, 1, 1], 10, [4] * 3) == [4, 0, 0]  # no weight, no rank
+    assert ask([0, 0], [1, 1], 10, [4] * 2) == [0, 0]
+
+
+def test_plans_refuse():
+    model = inject_into(small(), rank=0)
+    with pytest.raises(ValueError, match="rule 'gain' is not known"):
+        plan(model, "gain", 100)
+    for gradients in (None, [], batches(model, 1)):
+        with pytest.raises(ValueError, match="two or more"):
+            plan(model, "neyman", 100, gradients)
+    with pytest.raises(ValueError, match="layer 'mix' is in the model only"):
+        selora.set_ranks(model, dict(conv=1, head=1))
+    with pytest.raises(ValueError, match="layer 'head': rank 0 can be raised up to the capacity 8, not set to 9"):
+        selora.set_ranks(model, dict(conv=1, mix=1, head=9))
+    assert selora.adapter_parameters(model) == 0
