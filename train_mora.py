@@ -9,7 +9,7 @@ The script reads downward. The lesson is `adapt`: zero_grad, forward, loss, back
 
 import itertools
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -570,13 +570,7 @@ def dry_run(cfg, study, vit_config, drawn, device, rates):
 
 def main(argv=None):
     cfg = tyro.cli(Config, args=argv, description=Config.__doc__)
-    with data.one_line_errors():
-        try:
-            with checkpoint.Stopper() as stop:
-                run(cfg, stop)
-        except checkpoint.Stopped as stopped:
-            print(f"\nstopped; everything is saved. Go on with the same command and --resume (run folder {cfg.out})")
-            raise SystemExit(stopped.code) from None
+    checkpoint.guarded(run, cfg)
 
 
 def run(cfg, stop):
@@ -595,10 +589,7 @@ def run(cfg, stop):
     if cfg.dry_run:
         return dry_run(cfg, study, vit_config, drawn, device, rates)
 
-    identity = {k: v for k, v in asdict(cfg).items() if k not in ("out", "resume", "dry_run", "device")}
-    for key, path in (("data", cfg.data), ("source", cfg.source)):  # a run belongs to its files' content, not place
-        identity[key] = {"name": path.name, "sha256": data.sha256(path)} if path else None
-    checkpoint.open_run(cfg.out, identity, cfg.resume)
+    identity = checkpoint.open_run(cfg)
     base_hash = data.digest({"format": 2, "vit": base_config, "source": data.fingerprint(source), "batch": cfg.batch,
                              "steps": cfg.pretrain_steps})[:16]
     base = pretrain(cfg, source, base_config, device, Path(f"runs/base/vit-{base_hash}.pt"), stop)

@@ -11,7 +11,7 @@ The script reads downward. The lesson is `adapt`: zero_grad, forward, loss, back
 import copy
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -469,13 +469,7 @@ def latents(vae, images):
 
 def main(argv=None):
     cfg = tyro.cli(Config, args=argv, description=Config.__doc__)
-    with data.one_line_errors():
-        try:
-            with checkpoint.Stopper() as stop:
-                run(cfg, stop)
-        except checkpoint.Stopped as stopped:
-            print(f"\nstopped; everything is saved. Go on with the same command and --resume (run folder {cfg.out})")
-            raise SystemExit(stopped.code) from None
+    checkpoint.guarded(run, cfg)
 
 
 def run(cfg, stop):
@@ -494,10 +488,7 @@ def run(cfg, stop):
               f"{cfg.capacity * cost:,}")
         return
 
-    identity = {k: str(v) for k, v in asdict(cfg).items() if k not in ("out", "resume", "dry_run", "device")}
-    for key, path in (("data", cfg.data), ("source", cfg.source)):  # a run belongs to its files' content, not place
-        identity[key] = {"name": path.name, "sha256": data.sha256(path)} if path else None
-    checkpoint.open_run(cfg.out, identity, cfg.resume)
+    identity = checkpoint.open_run(cfg)
     for seed, parts in drawn.items():
         data.write_atomic(cfg.out / f"split-s{seed}.npz", data.npz_bytes(parts))
 

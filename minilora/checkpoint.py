@@ -10,12 +10,13 @@ import signal
 import sys
 import time
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from minilora.data import Refused, write_atomic
+from minilora.data import Refused, one_line_errors, sha256, write_atomic
 
 
 def _canonical(value):
@@ -85,20 +86,37 @@ def read_json(path, default=None):
         raise Refused(f"{path}: not readable as JSON ({error})") from None
 
 
-def open_run(folder, config, resume):
-    """Make a run folder, or go on in one. `Refused` if it holds another configuration, or the same one and `resume` is
-    off.
-    """
-    there = read_json(Path(folder) / "config.json")
-    config = json.loads(json.dumps(config, default=str))
-    if there is not None and there != config:
-        keys = [k for k in {**config, **there} if config.get(k) != there.get(k)]
-        differs = ", ".join(f"{k} {there.get(k)} there, {config.get(k)} here" for k in keys[:3])
-        raise Refused(f"{folder} holds a run of another configuration ({differs}); choose another --out")
-    if there is not None and not resume:
-        raise Refused(f"{folder} holds this run already; go on with --resume, or choose another --out")
+def open_run(cfg):
+    """Make the run folder `cfg.out`, or go on in it; returns what config.json holds, the run's identity.
+
+    `Refused` if the folder holds another configuration, or the same one and `cfg.resume` is off."""
+    identity = {k: v for k, v in asdict(cfg).items() if k not in ("out", "resume", "dry_run", "device")}
+    for key in ("data", "source"):  # a run belongs to its files' content, not to their place
+        path = identity[key]
+        identity[key] = {"name": path.name, "sha256": sha256(path)} if path else None
+    identity = json.loads(json.dumps(identity, default=str))
+    path = cfg.out / "config.json"
+    there = read_json(path)
+    if there is not None and there != identity:
+        keys = [k for k in {**identity, **there} if identity.get(k) != there.get(k)]
+        differs = ", ".join(f"{k} {there.get(k)} there, {identity.get(k)} here" for k in keys[:3])
+        raise Refused(f"{cfg.out} holds a run of another configuration ({differs}); choose another --out")
+    if there is not None and not cfg.resume:
+        raise Refused(f"{cfg.out} holds this run already; go on with --resume, or choose another --out")
     if there is None:
-        write_json(Path(folder) / "config.json", config)
+        write_json(path, identity)
+    return identity
+
+
+def guarded(run, cfg):
+    """Call run(cfg, stop): bad input ends in one line and code 2, an interrupt in a saved state and how to go on."""
+    with one_line_errors():
+        try:
+            with Stopper() as stop:
+                run(cfg, stop)
+        except Stopped as stopped:
+            print(f"\nstopped; everything is saved. Go on with the same command and --resume (run folder {cfg.out})")
+            raise SystemExit(stopped.code) from None
 
 
 def pick_device(name):
