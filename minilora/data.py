@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,13 +35,14 @@ def one_line_errors():
         yield
     except Refused as error:
         raise SystemExit(_complain(str(error))) from None
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except OSError as error:  # disk full, read-only folder: still one line, with the path that failed
         raise SystemExit(_complain(f"{error.filename or 'file system'}: {error.strerror or error}")) from None
 
 
 def _complain(message):
-    import sys
-
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return 2
 
