@@ -94,6 +94,11 @@ def pretrain(cfg, source, vit_config, device, path, stop):
         start = restore(checkpoint.load(last, "resume"), model, optimizer, schedule)
     rows_of = lambda step: rows_at(0, step, len(source), cfg.batch)
     progress = checkpoint.Progress("pretrain", cfg.pretrain_steps, start)
+
+    def keep(done):
+        finite(losses[start:done], start, "pretraining", rows_of)  # weights that are NaN are not kept
+        checkpoint.save(last, resume_state(model, optimizer, schedule, done))
+
     losses = torch.zeros(cfg.pretrain_steps, device=device)
     present = torch.ones(cfg.batch, len(vit.modalities), device=device)
     for step in range(start, cfg.pretrain_steps):
@@ -107,11 +112,7 @@ def pretrain(cfg, source, vit_config, device, path, stop):
         losses[step] = loss.detach()
         if progress.due(step + 1):
             progress.show(step + 1, f"loss {finite(losses[start : step + 1], start, 'pretraining', rows_of)[-1]:.3f}")
-        if stop.code or (step + 1) % SAVE_EVERY == 0:
-            finite(losses[start : step + 1], start, "pretraining", rows_of)
-            checkpoint.save(last, resume_state(model, optimizer, schedule, step + 1))
-        if stop.code:
-            raise checkpoint.Stopped(stop.code)
+        stop.after(step + 1, SAVE_EVERY, keep)
     state = {k: v.cpu() for k, v in vit.state_dict().items() if not k.startswith("head.")}
     content = {"format": 1, "kind": "base", "config": vit_config, "state": state, "readers": readers.state_dict()}
     checkpoint.save(path, content)
@@ -155,10 +156,7 @@ def adapt(cfg, model, method, seed, lr, task, device, log, last, stop):
             log.write(method=method, seed=seed, lr=lr, step=done, loss=round(mean, 6))
         if progress.due(done):
             progress.show(done, f"loss {finite(losses[start:done], start, job, rows_of)[-1]:.3f}")
-        if stop.code or (done % SAVE_EVERY == 0 and done < cfg.steps):
-            keep(done)
-        if stop.code:
-            raise checkpoint.Stopped(stop.code)
+        stop.after(done, SAVE_EVERY, keep)
     return time.monotonic() - began
 
 
@@ -388,11 +386,6 @@ def collect(cfg, study, results, picked):
             "seeds": list(range(cfg.seeds)), "methods": methods}
 
 
-def origin(report):
-    """How far the numbers are about anything real."""
-    return "synthetic data" if report["synthetic"] else "synthetic notes" if report["synthetic_notes"] else "real data"
-
-
 def table(report, timings):
     """The comparison as text, a block per test row: mean ± standard deviation over seeds, differences per seed."""
     lines, methods = [], report["methods"]
@@ -402,8 +395,8 @@ def table(report, timings):
         patterns = next(iter(blocks.values()))["by_pattern"]
         head = f"{'method':14s}{'macro-F1':>12s}{'AUROC':>12s}  accuracy with"
         head += "".join(f" {p:>7s}" for p in patterns) + f"{'adapter':>9s}{'trainable':>11s}{'lr':>7s}{'seconds':>9s}"
-        title = (f"{report['data']}, {origin(report)}: trained with {report['missing']} missing, tested with {text}; "
-                 f"absent: {report['absent']}; head: {report['head']}; seeds: {len(report['seeds'])}")
+        title = (f"{report['data']}, {data.origin(report)}: trained with {report['missing']} missing, "
+                 f"tested with {text}; absent: {report['absent']}; head: {report['head']}; seeds: {len(report['seeds'])}")
         lines += ["", title, head + "  macro-F1 minus head's, per seed" * ("head" in blocks)]
         for name, m in methods.items():
             block = blocks[name]
@@ -469,7 +462,7 @@ def figure(report, path):
         ax.set_xticks(range(len(methods)), list(methods), rotation=20)
         ax.set_xlim(-0.6, len(methods) - 0.4)
     ax.set_ylabel("macro-F1 on the test split")
-    ax.set_title(f"{report['data']}, {origin(report)}; trained with {report['missing']} missing; "
+    ax.set_title(f"{report['data']}, {data.origin(report)}; trained with {report['missing']} missing; "
                  f"{len(report['seeds'])} seed(s)", fontsize=9)
     ax.grid(axis="y", alpha=0.3)
     fig.tight_layout()

@@ -106,7 +106,8 @@ def train_vae(cfg, images, device, path, stop):
         losses[step] = reconstruction.detach()
         if progress.due(step + 1):
             progress.show(step + 1, f"error {finite(losses[start : step + 1], start, 'autoencoder', rows_of)[-1]:.4f}")
-        keep_or_stop(stop, step + 1, lambda done: checkpoint.save(last, resume_state(vae, optimizer, schedule, done)))
+        stop.after(step + 1, SAVE_EVERY, lambda done: checkpoint.save(
+            last, resume_state(vae, optimizer, schedule, done)))
     vae.measure(images[:2000])
     checkpoint.save(path, {"format": 1, "kind": "vae", "config": vae.config, "state": vae.state_dict()})
     last.unlink(missing_ok=True)
@@ -143,7 +144,7 @@ def pretrain(cfg, config, z, ids, alphas, device, path, stop):
         if progress.due(step + 1):
             rows_of = lambda s: rows_at(2, s, len(z), cfg.batch)
             progress.show(step + 1, f"loss {finite(losses[start : step + 1], start, 'denoiser', rows_of)[-1]:.3f}")
-        keep_or_stop(stop, step + 1, lambda done: checkpoint.save(
+        stop.after(step + 1, SAVE_EVERY, lambda done: checkpoint.save(
             last, resume_state(both, optimizer, schedule, done) | {"average": average.state_dict()}))
     checkpoint.save(path, {"format": 1, "kind": "denoiser", "config": config, "state": average.state_dict()})
     last.unlink(missing_ok=True)
@@ -202,7 +203,7 @@ def adapt(cfg, model, rule, seed, budget, task, device, log, last, stop):
         if progress.due(done):
             text = f"loss {finite(losses[start:done], start, job, rows_of)[-1]:.3f}"
             progress.show(done, f"{text}  adapter parameters {selora.adapter_parameters(model):,}")
-        keep_or_stop(stop, done, keep)
+        stop.after(done, SAVE_EVERY, keep)
     return time.monotonic() - began, history
 
 
@@ -217,14 +218,6 @@ def drawn_at(seed, step, n, cfg, z, ids, alphas, train=None):
     t = torch.randint(0, len(alphas), (cfg.batch,), generator=generator, device=z.device)
     noise = torch.randn(cfg.batch, *z.shape[1:], generator=generator, device=z.device)
     return rows, t, noise, diffusion.drop_words(ids[rows], generator)
-
-
-def keep_or_stop(stop, done, keep):
-    """Save every so often and when a stop was asked for; then raise `Stopped`."""
-    if stop.code or done % SAVE_EVERY == 0:
-        keep(done)
-    if stop.code:
-        raise checkpoint.Stopped(stop.code)
 
 
 def probe_steps(cfg, rule):
@@ -352,9 +345,8 @@ def uniform_cost(cfg, ctx):
 
 def table(report, timings):
     """Held-out denoising loss per method, x 1e5, mean ± standard deviation over seeds, and the gap that is closed."""
-    notes = "synthetic notes" if report["synthetic_notes"] else "real data"
-    origin = "synthetic data" if report["synthetic"] else notes
-    lines = ["", f"{report['data']}, {origin}; held-out denoising loss x 1e5, seeds: {len(report['seeds'])}",
+    title = f"{report['data']}, {data.origin(report)}; held-out denoising loss x 1e5, seeds: {len(report['seeds'])}"
+    lines = ["", title,
              f"{'method':18s}{'held-out':>14s}{'adapter':>10s}{'gap closed':>12s}{'seconds':>9s}"]
     none, full = (np.array(report["methods"][k]["heldout_loss"]) for k in REFERENCES)
     for name, m in report["methods"].items():

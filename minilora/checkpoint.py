@@ -189,6 +189,13 @@ class Stopper:
         self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
+    def after(self, done, every, keep):
+        """Call keep(done) every so many steps and when a stop was asked for; then raise `Stopped`."""
+        if self.code or done % every == 0:
+            keep(done)
+        if self.code:
+            raise Stopped(self.code)
+
     def ask(self, number, frame):
         if self.code:
             raise KeyboardInterrupt

@@ -91,6 +91,11 @@ def read_npz(path):
         raise Refused(f"{path}: not a readable .npz archive ({type(error).__name__}: {error})") from None
 
 
+def origin(report):
+    """How far the numbers of a report are about anything real."""
+    return "synthetic data" if report["synthetic"] else "synthetic notes" if report["synthetic_notes"] else "real data"
+
+
 def fingerprint(study):
     """Hex digest of what a study holds: equal studies have equal ones, whatever their files."""
     held = {"labels": study.labels, "images": study.images, "notes": study.notes, **study.numeric, **study.attributes}

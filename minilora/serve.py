@@ -29,17 +29,7 @@ TOLERANCE = 1e-5  # parity with torch: of a probability or a logit, relative to 
 
 def read_manifest(folder, kind=None):
     """The manifest of an exported folder, after its own hash and the hash of every file in it were checked."""
-    folder, path = Path(folder), Path(folder) / "manifest.json"
-    if not path.is_file():
-        raise Refused(f"{folder}: not an exported folder (no manifest.json); export.py makes one")
-    try:
-        manifest = json.loads(path.read_bytes())
-        body = {k: v for k, v in manifest.items() if k != "sha256"}
-        good = manifest["sha256"] == data.digest(body) and manifest["format"] == 1
-    except (ValueError, KeyError, TypeError, AttributeError):
-        good = False
-    if not good:
-        raise Refused(f"{path}: changed or damaged (its hash does not fit its content)")
+    manifest, folder, path = own_manifest(folder), Path(folder), Path(folder) / "manifest.json"
     if not {*manifest.get("graphs", {}).values()} <= {*manifest["files"]}:
         raise Refused(f"{path}: names a graph whose hash it does not hold")
     for name, wanted in manifest["files"].items():
@@ -51,6 +41,22 @@ def read_manifest(folder, kind=None):
             raise Refused(f"{folder / name}: changed or damaged (sha256 is not the manifest's)")
     if kind and manifest["kind"] != kind:
         raise Refused(f"{folder}: holds a '{manifest['kind']}' export; this needs '{kind}'")
+    return manifest
+
+
+def own_manifest(folder):
+    """manifest.json, checked against its own hash only: no other file is read."""
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        raise Refused(f"{folder}: not an exported folder (no manifest.json); export.py makes one")
+    try:
+        manifest = json.loads(path.read_bytes())
+        body = {k: v for k, v in manifest.items() if k != "sha256"}
+        good = manifest["sha256"] == data.digest(body) and manifest["format"] == 1
+    except (ValueError, KeyError, TypeError, AttributeError):
+        good = False
+    if not good:
+        raise Refused(f"{path}: changed or damaged (its hash does not fit its content)")
     return manifest
 
 
@@ -75,10 +81,9 @@ def providers(device):
 
 def open_session(path, device):
     """An onnxruntime session on the device; `Refused` if CUDA was asked for by name and did not load."""
+    wanted = providers(device)
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=providers(device))
-    except Refused:
-        raise
+        session = onnxruntime.InferenceSession(str(path), providers=wanted)
     except Exception as error:  # onnxruntime raises its own family of exceptions
         raise Refused(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from None
     if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":  # only this list is true
@@ -313,10 +318,8 @@ def predict_file(diagnoser, args):
         table = csv.writer(text, lineterminator="\n")
         table.writerow(["row", "present", "label", "predicted", *[f"p({c})" for c in classes]])
         for row, pattern, label, p in zip(rows, patterns, labels, probabilities):
-            if study.multilabel:
-                true, said = label == 1, p >= 0.5
-            else:
-                true, said = np.arange(len(classes)) == label, p == p.max()
+            true = label == 1 if study.multilabel else np.arange(len(classes)) == label  # none of an unlabelled file
+            said = p >= 0.5 if diagnoser.manifest["multilabel"] else p == p.max()
             names_of = lambda mask: "|".join(c for c, m in zip(classes, mask) if m)
             table.writerow([row, pattern, names_of(true), names_of(said), *[f"{v:.6f}" for v in p]])
         data.write_atomic(args.out, text.getvalue())
@@ -342,7 +345,7 @@ def command_line(argv):
     folder = next((a for a in argv[1:] if os.path.isfile(os.path.join(a, "manifest.json"))), None)
     columns = {}
     if argv[:1] == ["predict"] and folder:
-        for name, spec in read_manifest(folder, "mora")["numeric"].items():
+        for name, spec in own_manifest(folder).get("numeric", {}).items():
             for c in spec["columns"]:
                 flag = re.sub(r"\W+", "-", c.strip())
                 flag = f"{name}-{flag}" if f"--{flag}" in predicts._option_string_actions else flag

@@ -151,13 +151,18 @@ def test_check_passes_and_fails_on_other_outputs(folder, tmp_path, capsys):
     golden = data.read_npz(other / "golden.npz")
     golden["logits image"] = golden["logits image"] + 1e-3
     data.write_atomic(other / "golden.npz", data.npz_bytes(golden))
-    manifest = json.loads((other / "manifest.json").read_text())
-    manifest["files"]["golden.npz"] = data.sha256(other / "golden.npz")
-    manifest["sha256"] = data.digest({k: v for k, v in manifest.items() if k != "sha256"})
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(other, "files", "golden.npz", data.sha256(other / "golden.npz"))
     with pytest.raises(SystemExit) as stopped:
         serve.main(["check", str(other)])
     assert stopped.value.code == 1 and "FAILED" in capsys.readouterr().out
+
+
+def rewrite(folder, part, key, value):
+    """Change an entry of a manifest and give the manifest its fitting hash again, as somebody who means harm would."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest[part][key] = value
+    manifest["sha256"] = data.digest({k: v for k, v in manifest.items() if k != "sha256"})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def damage(path, how):
@@ -188,10 +193,7 @@ def test_a_changed_folder_is_refused_before_a_session_is_made(folder, tmp_path, 
 def test_a_manifest_cannot_reach_outside_its_folder(folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(folder, other)
-    manifest = json.loads((other / "manifest.json").read_text())
-    manifest["files"]["../secret"] = "0"
-    manifest["sha256"] = data.digest({k: v for k, v in manifest.items() if k != "sha256"})
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(other, "files", "../secret", "0")
     with pytest.raises(Refused, match="not a plain name"):
         serve.Diagnoser(other)
 
@@ -299,10 +301,7 @@ def test_a_flipped_model_is_refused_by_export(tiny, refused, tmp_path):
 def test_a_graph_outside_the_hashes_is_refused(folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(folder, other)
-    manifest = json.loads((other / "manifest.json").read_text())
-    manifest["graphs"]["mask"] = "../evil.onnx"
-    manifest["sha256"] = data.digest({k: v for k, v in manifest.items() if k != "sha256"})
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(other, "graphs", "mask", "../evil.onnx")
     with pytest.raises(Refused, match="whose hash it does not hold"):
         serve.Diagnoser(other, "cpu")
 
@@ -337,3 +336,18 @@ def test_the_whole_way_on_cuda(tmp_path, monkeypatch):
     out = export.export_mora("r")
     assert serve.check(out, "cuda") <= serve.TOLERANCE
     assert serve.Diagnoser(out, "cuda").provider == "CUDAExecutionProvider"
+
+
+def test_an_unlabelled_file_is_predicted_by_a_model_of_several_findings(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    s = data.phantoms(240, 4).select(("note",))
+    s.labels = np.stack([s.labels == c for c in range(4)], 1).astype(np.int64)
+    data.save_study("several.npz", s)
+    train_mora.main([*TINY, "--methods", "head", "mora", "--out", "r", "--data", "several.npz"])
+    out = export.export_mora("r")
+    np.savez("none.npz", notes=s.notes[:5])
+    serve.main(["predict", str(out), "--data", "none.npz", "--device", "cpu", "--out", "p.csv"])
+    assert "5 samples, 0 labelled" in capsys.readouterr().out
+    for line in (tmp_path / "p.csv").read_text().splitlines()[1:]:
+        _, _, label, said, *p = line.split(",")
+        assert label == "" and (said.count("|") + 1 if said else 0) == sum(float(v) >= 0.5 for v in p)
