@@ -396,7 +396,8 @@ def table(report, timings):
         head = f"{'method':14s}{'macro-F1':>12s}{'AUROC':>12s}  accuracy with"
         head += "".join(f" {p:>7s}" for p in patterns) + f"{'adapter':>9s}{'trainable':>11s}{'lr':>7s}{'seconds':>9s}"
         title = (f"{report['data']}, {data.origin(report)}: trained with {report['missing']} missing, "
-                 f"tested with {text}; absent: {report['absent']}; head: {report['head']}; seeds: {len(report['seeds'])}")
+                 f"tested with {text}; absent: {report['absent']}; head: {report['head']}; "
+                 f"seeds: {len(report['seeds'])}")
         lines += ["", title, head + "  macro-F1 minus head's, per seed" * ("head" in blocks)]
         for name, m in methods.items():
             block = blocks[name]
