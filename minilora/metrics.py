@@ -1,4 +1,4 @@
-"""Scores, in numpy: macro-F1, AUROC, accuracy.
+"""Scores, in numpy: macro-F1, AUROC, accuracy, Frechet distance.
 
 Letters: N samples, C classes or findings.
 """
@@ -46,3 +46,19 @@ def scores(labels, probabilities):
     aucs = [a for a in aucs if not np.isnan(a)]
     mean = lambda x: float(np.mean(x)) if len(x) else float("nan")
     return {"macro_f1": mean(f1s), "auroc": mean(aucs), "accuracy": mean(hits)}
+
+
+def frechet(a, b):
+    """Frechet distance of two sets of features [N,D] and [M,D], each taken for a normal distribution:
+    |mean_a - mean_b|^2 + trace(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al., arXiv 1706.08500, eq. 6). Features of
+    an Inception network make it the FID; others do not. It shrinks as N grows: compare equal N, with a floor.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"features {list(a.shape)} and {list(b.shape)}: need [N,D] and [M,D], at least 2 each")
+    cov_a, cov_b = np.atleast_2d(np.cov(a.T)), np.atleast_2d(np.cov(b.T))
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    # trace of (S_a S_b)^(1/2) from the symmetric S_a^(1/2) S_b S_a^(1/2), which has the same eigenvalues
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
+    return float(max(0.0, ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross))

@@ -133,10 +133,15 @@ def inject(model, targets=None, rank=1, capacity=8, scale=2.0):
     targets: a regular expression that has to match the WHOLE name of a layer (re.fullmatch); None is every Linear and
     Conv2d, without the out_proj of nn.MultiheadAttention. A layer that stands under several names matches by any of
     them, becomes one adapter under all of them, and is returned by its first. A is drawn from torch's global
-    generator, in the order of the names. ValueError, before anything is changed: targets match nothing, or a layer
-    with weights that cannot be adapted; a convolution that cannot be; rank above capacity; adapters are there."""
+    generator, in the order of the names. ValueError, before anything is changed: targets are no expression, match
+    nothing or a layer with weights that cannot be adapted; a convolution that cannot be; rank above capacity; adapters
+    are there."""
     if adapters(model):
         raise ValueError(f"the model has adapters already ({next(iter(adapters(model)))}, ...): merge it first")
+    try:
+        re.compile(targets or "")
+    except re.error as error:
+        raise ValueError(f"targets {targets!r} is not a regular expression: {error}") from None
     names, chosen = {}, {}  # layer: its first name
     for name, layer in model.named_modules(remove_duplicate=False):
         names.setdefault(layer, name)
@@ -450,15 +455,15 @@ def grow(model, scores=None, rule="ratio", lam=1.3, ratio_of="sampled", budget=N
     At most one rank a layer and call; layers at capacity are passed over, and where all are, the answer is {}.
     budget: adapter parameters of the whole model, never exceeded: layers are taken in order, those that do not fit are
     passed over. Only `ratio` can do without. Raise it from call to call: where it allows every layer its next rank, all
-    rules do the same. ValueError: unknown rule, missing or nan scores, a budget below rank 1 everywhere."""
+    rules do the same. ValueError: unknown rule, missing or nan scores, a budget below what the model has already."""
     layers = adapters(model)
     if rule not in GROWTH or ratio_of not in ("sampled", "expected"):
         raise ValueError(f"rule '{rule}', ratio_of '{ratio_of}': use {', '.join(GROWTH)}, sampled or expected")
     if budget is None and rule != "ratio":
         raise ValueError(f"rule '{rule}' needs a budget: without one it would grow every layer")
-    floor = sum(adapter_cost(layer) for layer in layers.values())
-    if budget is not None and budget < floor:
-        raise ValueError(f"a budget of {budget} parameters is below the {floor} of rank 1 in every layer")
+    if budget is not None and budget < adapter_parameters(model):
+        raise ValueError(f"a budget of {budget} parameters is below the {adapter_parameters(model)} that the adapters "
+                         "have already")
     waiting = {name: adapter_cost(layer) for name, layer in layers.items() if layer.rank < layer.capacity}
     if rule == "random":
         order = [list(waiting)[i] for i in torch.randperm(len(waiting), generator=generator)]

@@ -674,7 +674,7 @@ def test_grow_refuses():
                                ((nan, "best"), "rule 'best'"), ((nan, "ratio", 1.3, "exact"), "ratio_of 'exact'"),
                                ((nan, "random"), "needs a budget"), ((None, "ratio"), "no score for layer 'conv'"),
                                (({"conv": nan["conv"]}, "ratio"), "no score for layer 'mix'"),
-                               ((nan, "ratio", 1.3, "sampled", 52), "52 parameters is below the 53 of rank 1")]:
+                               ((nan, "ratio", 1.3, "sampled", 52), "52 parameters is below the 53 that the adapters have")]:
         with pytest.raises(ValueError, match=message):
             grow(model, *arguments)
     assert selora.adapter_parameters(model) == 53

@@ -1,18 +1,21 @@
 """The second training script: what a run leaves, that it resumes in the middle of growth, and what it refuses."""
 
+import builtins
 import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 
 import train_selora
-from minilora import checkpoint, selora
+from minilora import checkpoint, data, diffusion, metrics, selora
 from minilora.unet import Denoiser
+from minilora.vae import VAE
 
 TINY = ["--seeds", "1", "--steps", "14", "--every", "4", "--pretrain-steps", "6", "--vae-steps", "4", "--phantoms", "120", "--batch", "8",
-        "--width", "8", "--text-width", "8", "--vae-width", "8", "--buckets", "64", "--positions", "10", "--device", "cpu"]  # fmt: skip
+        "--width", "8", "--text-width", "8", "--vae-width", "8", "--heads", "2", "--sample-steps", "2", "--buckets", "64", "--positions", "10", "--device", "cpu"]  # fmt: skip
 
 
 def files(folder, *names):
@@ -71,7 +74,12 @@ def test_the_loop_gives_the_probes_growth(tmp_path, monkeypatch):
 
 BAD = [(["--rule", "best"], "'best' is not known"), (["--rank", "9"], "--rank 9 is outside 0..8"), (["--image-size", "30"], "30 is not divisible by the latent factor 4"),
        (["--rule", "replay"], "go together"), (["--every", "0"], "--every is 0"), (["--data", "absent.npz"], "absent.npz: no such file"),
-       (["--schedule", "flat"], "'flat' is not known"), (["--fisher", "magic"], "'magic'"), (["--device", "tpu9"], "tpu9"), (["--width", "9"], "9")]  # fmt: skip
+       (["--schedule", "flat"], "'flat' is not known"), (["--fisher", "magic"], "'magic'"), (["--device", "tpu9"], "tpu9"), (["--width", "9"], "9"),
+       (["--factor", "3"], "latent factor 3 is not a power of two"), (["--targets", "nothing"], "targets 'nothing' match no layer"),
+       (["--targets", "text.words"], "layer 'text.words': Embedding is not supported"), (["--targets", "("], "targets '(' is not a regular expression"),
+       (["--rule", "neyman", "--budget", "100"], "--budget 100 is below the 2,364 parameters that rank 1 in every layer costs"),
+       (["--rule", "replay", "--replay", "absent"], "absent: not a finished run"), (["--judge", "absent"], "absent/model.pt: no such file"),
+       (["--rank", "0", "--rule", "fixed"], "would train nothing"), (["--sample-steps", "1001"], "1001"), (["--sample-every", "-1"], "-1")]  # fmt: skip
 
 
 @pytest.mark.parametrize("argv,words", BAD, ids=[" ".join(a) for a, _ in BAD])
@@ -85,3 +93,130 @@ def test_heldout_loss_is_the_same_twice_and_orders_models(tmp_path, monkeypatch)
     report = json.loads((tmp_path / "r/metrics.json").read_text())
     none, ratio = (report["methods"][k]["heldout_loss"][0] for k in ("unadapted", "ratio"))
     assert ratio < none and torch.tensor([none, ratio]).isfinite().all()
+
+
+def test_a_replay_of_another_model_and_an_adapter_of_another_base_are_refused(refused, tmp_path, capsys):
+    os.chdir(tmp_path)
+    train_selora.main([*TINY, "--out", "r", "--rule", "fixed"])
+    said = refused(train_selora.main, *TINY, "--out", "again", "--rule", "replay", "--replay", "r", "--seeds", "2")
+    assert "has 1 seeds; --seeds 2 need as many" in said
+    said = refused(train_selora.main, *TINY, "--out", "again", "--rule", "replay", "--replay", "r", "--text-depth", "2")
+    assert "a run of another model: layer 'text.blocks.1" in said
+    train_selora.main([*TINY, "--out", "other", "--rule", "fixed", "--pretrain-steps", "7"])
+    foreign = (tmp_path / "other/adapters/fixed-s0.pt").read_bytes()
+    (tmp_path / "r/adapters/fixed-s0.pt").write_bytes(foreign)
+    capsys.readouterr()
+    assert "r/adapters/fixed-s0.pt: an adapter for base" in refused(train_selora.main, *TINY, "--out", "r", "--rule", "fixed", "--resume")
+
+
+def test_the_rules_table_compares_at_equal_parameters(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_selora.main([*TINY, "--out", "r", "--rules-table", "--every", "2", "--capacity", "4"])
+    methods = json.loads((tmp_path / "r/metrics.json").read_text())["methods"]
+    params = {name: m["adapter_params"][0] for name, m in methods.items()}
+    cost = params["fixed r1"]
+    for rule in train_selora.COMPARED:
+        for r in (1, 2):
+            assert 0.97 * r * cost <= params[f"{rule} r{r}"] <= r * cost
+    for rule in ("neyman", "inverse-cost", "replay"):
+        assert 0.97 * params["ratio"] <= params[f"{rule} as ratio"] <= params["ratio"]
+    assert methods["replay as ratio"]["ranks"] == methods["ratio"]["ranks"] and "fixed as ratio" not in methods
+    said = capsys.readouterr().out
+    loss = {k: m["heldout_loss"][0] * 1e5 for k, m in methods.items()}
+    assert f"neyman r1 minus fixed r1: {loss['neyman r1'] - loss['fixed r1']:+.0f}" in said
+    names = [f"{rule} r2" for rule in train_selora.COMPARED]
+    best = min(names, key=lambda k: methods[k]["val_loss"][0])  # chosen on one half of the held-out samples
+    assert f"the validation half chooses {best} ({loss[best]:.0f} on the test half" in said
+
+
+def test_the_judge_reads_samples_and_real_images(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_selora.main([*TINY, "--out", "r", "--judge", str(tiny[1]), "--phantoms", "300"])
+    report = json.loads((tmp_path / "r/metrics.json").read_text())
+    judge = report["judge"]
+    held = np.load(tmp_path / "r/split-s0.npz")
+    assert judge["n"] == len(held["val"]) + len(held["test"]) and 0 < judge["floor"][0] and 0.5 <= judge["ceiling"]["side"][0] <= 1
+    for m in report["methods"].values():
+        assert m["frechet"][0] > judge["floor"][0]  # a handful of steps draws no chest
+        assert 0 <= m["agreement_kind"][0] <= 1 and 0 <= m["agreement_side"][0] <= 1
+    assert "Not Inception FID" in capsys.readouterr().out
+
+
+def test_linear_reader_and_agreement():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 6, generator=generator)
+    labels = (x[:, 2] > 0).long() + 2 * (x[:, 4] > 0).long()
+    reader = train_selora.linear_reader(x[:200], torch.where(torch.arange(200) % 3 > 0, labels[:200], -1))
+    held, truth = x[200:].unsqueeze(1), labels[200:].clone()
+    assert train_selora.agreement(reader, held, truth) > 0.93
+    truth[:50] = -1  # what the words do not state does not count
+    truth[50:] = 3 - labels[250:]
+    assert train_selora.agreement(reader, held, truth) < 0.07
+
+
+def test_frechet_distance():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(500, 3)), 2 * rng.normal(size=(400, 3)) + 1
+    # diagonal covariances: the square root is elementwise
+    a, b = a - a.mean(0), b - b.mean(0)
+    a, b = a @ np.linalg.inv(np.linalg.cholesky(np.cov(a.T))).T, 2 * b @ np.linalg.inv(np.linalg.cholesky(np.cov(b.T))).T + [3, 0, 0]
+    assert metrics.frechet(a, b) == pytest.approx(9 + 3 * (2 - 1) ** 2, rel=1e-9)
+    assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-9) and metrics.frechet(a, b) == pytest.approx(metrics.frechet(b, a))
+    assert metrics.frechet(a[:2], b[:2]) >= 0  # fewer samples than features
+    with pytest.raises(ValueError, match="500, 3.*400, 2"):
+        metrics.frechet(a, b[:, :2])
+
+
+def loaded(folder, rank=0):
+    """(the adapted denoiser of a finished run, its autoencoder, its schedule)."""
+    saved = checkpoint.load(folder / "model.pt", "selora")
+    model, vae = Denoiser(**saved["config"]), VAE(**saved["vae_config"])
+    model.load_state_dict(saved["base"])
+    vae.load_state_dict(saved["vae"])
+    selora.inject(model, saved["targets"] or None, rank, saved["capacity"])
+    selora.load_adapter(model, saved["adapter"]["state"])
+    return model.eval(), vae, diffusion.alphas_cumprod(kind=saved["schedule"])
+
+
+def test_merged_and_unmerged_models_sample_the_same_image(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_selora.main([*TINY, "--out", "r", "--rule", "fixed", "--lr", "0.05"])
+    model, vae, alphas = loaded(tmp_path / "r")
+    ids = torch.from_numpy(data.tokenize(["coin lesion sinistral, pyrexia", ""], 64, 10))
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    base = Denoiser(**model.config)
+    base.load_state_dict(checkpoint.load(tmp_path / "r/model.pt")["base"])
+    draw = lambda model: vae.decode(diffusion.sample(model, noise, ids, 10, 2.0, alphas))
+    before, unadapted = draw(model), draw(base)
+    merged = draw(selora.merge(model))
+    assert not selora.adapters(model)
+    assert (merged - before).abs().max() < 1e-4 < (merged - unadapted).abs().max()
+
+
+def test_sheets_on_the_way_and_no_matplotlib(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_selora.main([*TINY, "--out", "plain"])
+    train_selora.main([*TINY, "--out", "shown", "--sample-every", "6"])
+    names = sorted(p.name for p in (tmp_path / "shown/samples").iterdir())
+    assert names == [f"{job}-s0-step{step:06d}.png" for job in ("full", "ratio") for step in (6, 12)]
+    same = "adapters/ratio-s0.pt"  # looking changes nothing
+    assert (tmp_path / "plain" / same).read_bytes() == (tmp_path / "shown" / same).read_bytes()
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", lambda name, *a, **k: real(name, *a, **k) if not name.startswith("matplotlib") else missing())
+    capsys.readouterr()
+    train_selora.main([*TINY, "--out", "plain", "--resume"])
+    said = capsys.readouterr().out
+    assert "minilora[pictures]" in said and "convolution 3x3" in said and "█" in said
+    assert np.load(tmp_path / "plain/samples.npy").shape == (8, 32, 32)
+
+
+def missing():
+    raise ImportError("no matplotlib here")
+
+
+def test_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_selora.main([*TINY, "--out", "r", "--dry-run", "--rules-table", "--seeds", "2"])
+    said = capsys.readouterr().out
+    assert "50 layers adapted; an adapter of rank 1 has 2,364, of rank 8 18,912" in said
+    assert "40 runs of 14 steps" in said and "activations of a step" in said and not list(tmp_path.iterdir())

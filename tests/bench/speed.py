@@ -18,17 +18,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import export
 import train_mora
-from minilora import checkpoint, data, serve
+import train_selora
+from minilora import checkpoint, data, diffusion, selora, serve
 from minilora.mora import MoRA, attach, gates
+from minilora.unet import Denoiser
 from minilora.vit import ViT
 
 ROUNDS, WARM = 30, 3
 
 
-def compare(ours, peer):
+def compare(ours, peer, rounds=ROUNDS):
     """(median ms of ours, of the peer), measured in turn: the machine's drift hits both."""
     times = ([], [])
-    for i in range(WARM + ROUNDS):
+    for i in range(WARM + rounds):
         for call, kept in zip((ours, peer), times):
             began = time.perf_counter()
             call()
@@ -76,6 +78,46 @@ def mora_step_overhead():
     return compare(step_of("mora"), step_of("head"))
 
 
+def probe_steps(batch):
+    """A training step of the default denoiser with the Fisher probe, and what else gives per-sample Fisher information,
+    each against the plain step: {name: compare(...)}."""
+    torch.manual_seed(0)
+    model = Denoiser(text_depth=1, positions=16)
+    selora.inject(model)
+    optimizer = torch.optim.AdamW(selora.adapter_groups(model, 0.01), lr=1e-3)
+    z, noise, alphas = torch.randn(batch, 4, 8, 8), torch.randn(batch, 4, 8, 8), diffusion.alphas_cumprod()
+    ids, t = torch.randint(3, 2048, (batch, 16)), torch.randint(0, 1000, (batch,))
+    losses = lambda: diffusion.denoising_loss(model, z, ids, t, noise, alphas, per_sample=True)
+    train = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def single(parameters, z, ids, t, noise):
+        given = (z[None], t[None], ids[None])
+        noisy = diffusion.add_noise(given[0], noise[None], alphas[t][None])
+        return (torch.func.functional_call(model, parameters, (noisy, *given[1:])) - noise[None]).square().mean()
+
+    per_sample = torch.func.vmap(torch.func.grad(single), in_dims=(None, 0, 0, 0, 0))
+
+    def step(before=None, probe=None):
+        optimizer.zero_grad()
+        if before:
+            before()
+        if probe is None:
+            losses().mean().backward()
+        else:
+            with selora.FisherProbe(model, probe) as watched:
+                losses().mean().backward()
+            watched.scores()
+        optimizer.step()
+
+    def loop():
+        selora.fisher_loop(model, losses())
+
+    others = {"probe_step": partial(step, probe=False), "probe_step_expected": partial(step, probe=True),
+              "shadow_pass": partial(step, lambda: losses().mean().backward()),
+              "vmap": partial(step, lambda: per_sample(train, z, ids, t, noise)), "sample_loop": partial(step, loop)}
+    return {name: compare(call, step, 8 if name in ("vmap", "sample_loop") else ROUNDS) for name, call in others.items()}
+
+
 def exported(folder, **sizes):
     """An exported model with a random branch, of the default size but for `sizes`."""
     build = lambda: ViT(("image", "note"), 4, **sizes)
@@ -104,6 +146,14 @@ def main():
     add("mora_vs_sample_loop (64,145,768,4)", mora_vs_sample_loop(64, 145, 768, 4))
     add("mora_vs_sample_loop (32,29,64,4)", mora_vs_sample_loop(32, 29, 64, 4))
     add("mora_step_overhead", mora_step_overhead())
+    for batch in (32, 16):
+        for name, times in probe_steps(batch).items():
+            add(f"{name}, batch {batch}", times)
+    cfg = train_selora.Config()
+    probes = len(train_selora.probe_steps(cfg, "ratio", cfg.rank))
+    plain, probed = results["probe_step, batch 32"]["peer_ms"], results["probe_step, batch 32"]["ours_ms"]
+    add(f"default schedule, {probes} probes in {cfg.steps} steps",
+        (plain * cfg.steps + probes * (probed - plain), plain * cfg.steps))
     for patch in (8, 4, 2):  # 16, 64 and 256 image tokens beside 12 words
         with tempfile.TemporaryDirectory() as folder:
             served, model = exported(Path(folder), patch=patch)
