@@ -90,12 +90,11 @@ def probe_steps(batch):
     losses = lambda: diffusion.denoising_loss(model, z, ids, t, noise, alphas, per_sample=True)
     train = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
-    def single(parameters, z, ids, t, noise):
-        given = (z[None], t[None], ids[None])
-        noisy = diffusion.add_noise(given[0], noise[None], alphas[t][None])
-        return (torch.func.functional_call(model, parameters, (noisy, *given[1:])) - noise[None]).square().mean()
+    def single(parameters, noisy, t, ids, noise):
+        return (torch.func.functional_call(model, parameters, (noisy[None], t[None], ids[None])) - noise).square().mean()
 
     per_sample = torch.func.vmap(torch.func.grad(single), in_dims=(None, 0, 0, 0, 0))
+    noisy = diffusion.add_noise(z, noise, alphas[t])
 
     def step(before=None, probe=None):
         optimizer.zero_grad()
@@ -114,7 +113,7 @@ def probe_steps(batch):
 
     others = {"probe_step": partial(step, probe=False), "probe_step_expected": partial(step, probe=True),
               "shadow_pass": partial(step, lambda: losses().mean().backward()),
-              "vmap": partial(step, lambda: per_sample(train, z, ids, t, noise)), "sample_loop": partial(step, loop)}
+              "vmap": partial(step, lambda: per_sample(train, noisy, t, ids, noise)), "sample_loop": partial(step, loop)}
     return {name: compare(call, step, 8 if name in ("vmap", "sample_loop") else ROUNDS) for name, call in others.items()}
 
 
