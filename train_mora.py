@@ -64,6 +64,10 @@ class Config:
     positions: int = 0  # Word positions of a note; 0: what the longest note needs, at most 64. Longer notes are cut.
     pretrain_steps: int = 1200  # Steps of pretraining on the source, once; the base is cached under runs/base.
     phantoms: int = 8000  # Phantoms to draw of a domain where no file is given.
+    train_share: float = 1.0  # Share of the training split that is used, for scarce data; small shares lie in large.
+    # SELORA_RUN:COUNT adds COUNT synthetic studies to the training split: a training sample's facts, and an image drawn
+    # from its words by that run of train_selora.py, whose training split must lie within this one.
+    augment: str = ""
     device: str = "auto"  # auto, cpu, cuda or cuda:N.
     resume: bool = False  # Go on with the run in --out, or show it again if it is finished.
     dry_run: bool = False  # Print counts, parameters, memory and an estimate of time, and stop.
@@ -258,7 +262,7 @@ def numeric_scales(study, rows):
 
 def draw_task(cfg, study, seed):
     """Split, missing tables and scales of one seed, shared by all methods: numpy, as stored in split-sN.npz."""
-    parts = data.split(study, seed)
+    parts = data.split(study, seed, cfg.train_share)
     have, order = study.have(), np.random.default_rng((seed, 14)).permutation(len(study))
     tables = {text: data.missing_table(have, study.modalities, text, seed)
               for text in dict.fromkeys((cfg.missing, *tests_of(cfg)))}
@@ -271,12 +275,58 @@ def tests_of(cfg):
 
 
 def load_task(study, drawn, missing, vit_config, device):
-    """The tensors of one seed, on the device."""
+    """The tensors of one seed, on the device; synthetic studies stand behind the others, in the training split only."""
+    train, tables = drawn["parts"]["train"], drawn["tables"]
+    if "source" in drawn:
+        real, source = len(study), drawn["source"]
+        study = study.take(np.concatenate([np.arange(real), source]))
+        study.images = np.concatenate([data.resize(study.images[:real], drawn["images"].shape[1]), drawn["images"]])
+        train = np.concatenate([train, np.arange(real, len(study))])
+        tables = {k: np.concatenate([v, drawn["present"]]) for k, v in tables.items()}
+        order = np.concatenate([drawn["order"], np.arange(real, len(study))])
+    else:
+        order = drawn["order"]
     inputs = on(device, data.model_inputs(study, *input_sizes(vit_config), drawn["scales"]))
-    tables = {k: torch.from_numpy(v.astype(np.float32)).to(device) for k, v in drawn["tables"].items()}
+    tables = {k: torch.from_numpy(v.astype(np.float32)).to(device) for k, v in tables.items()}
     present = tables[missing]
-    return {"inputs": inputs, "labels": torch.from_numpy(study.labels).to(device), "train": drawn["parts"]["train"],
-            "present": present, "shuffled": present[drawn["order"]], "tables": tables}
+    return {"inputs": inputs, "labels": torch.from_numpy(study.labels).to(device), "train": train,
+            "present": present, "shuffled": present[order], "order": order, "tables": tables}
+
+
+def draw_studies(cfg, study, drawn, seed, device):
+    """Synthetic studies for --augment: which sample each takes words, numbers and label from, its image, its presence.
+
+    The images come from the run's adapter of this seed. `Refused` if that run saw a sample that this seed does not
+    train on, or another study."""
+    from export import load_selora
+    from minilora import diffusion
+
+    run, _, count = cfg.augment.rpartition(":")
+    if not {"image", "note"} <= set(study.modalities):
+        raise Refused(f"--augment draws images from notes; the modalities are {', '.join(study.modalities)}")
+    saved, model, vae = load_selora(run, None, seed)
+    if saved["study"] != data.fingerprint(study.select(("image", "note"))):
+        raise Refused(f"--augment {run}: was trained on {saved['data']}, another study than this run's {study.name}")
+    seen = data.read_npz(Path(run) / f"split-s{seed}.npz")["train"]
+    if not np.isin(seen, drawn["parts"]["train"]).all():
+        raise Refused(f"--augment {run}: at seed {seed} it saw {int((~np.isin(seen, drawn['parts']['train'])).sum())} "
+                      "samples outside this run's training split; train it with the same --train-share")
+    told = drawn["parts"]["train"][study.have()[drawn["parts"]["train"]][:, study.modalities.index("note")]]
+    if not len(told):
+        raise Refused("--augment draws from words, and no training sample has any")
+    source = told[np.random.default_rng((seed, 18)).integers(0, len(told), int(count))]
+    config = saved["config"]
+    ids = torch.from_numpy(data.tokenize(study.notes[source], config["buckets"], config["positions"])).to(device)
+    alphas = diffusion.alphas_cumprod(kind=saved["schedule"], device=device)
+    seeds = 10**6 * (seed + 1) + np.arange(len(source))
+    images = diffusion.draw_images(model.to(device), vae.to(device), ids, seeds, alphas=alphas)
+    if images.ndim != study.images.ndim:
+        raise Refused(f"--augment {run}: draws images {list(images.shape[1:])}; {study.name} has "
+                      f"{list(study.images.shape[1:])}")
+    have = study.have()[source]
+    have[:, study.modalities.index("image")] = True
+    return {"source": source, "images": data.resize(images, cfg.image_size),
+            "present": data.missing_table(have, study.modalities, cfg.missing, seed + 10**6)}
 
 
 def build(vit_config, base, method, rank, seed, state=None):
@@ -325,7 +375,7 @@ def run_job(cfg, ctx, method, seed, lr, path):
     rows = drawn["parts"]["test"]
     for text in tests_of(cfg):
         present, table = task["tables"][text], drawn["tables"][text]
-        p = predict(model, method, task, rows, present, present[drawn["order"]])
+        p = predict(model, method, task, rows, present, present[task["order"]])
         names = np.array([data.pattern_name(r, study.modalities) for r in table[rows]])
         patterns = {}
         for name in np.unique(names).tolist():
@@ -383,7 +433,8 @@ def collect(cfg, study, results, picked):
                             "ranks": [branch_ranks(r["state"]) for r in runs], "by_test": tests}
     return {"format": 1, "kind": "mora", "data": study.name, "synthetic": study.synthetic,
             "synthetic_notes": study.synthetic_notes, "absent": cfg.absent, "head": cfg.head, "missing": cfg.missing,
-            "seeds": list(range(cfg.seeds)), "methods": methods}
+            "seeds": list(range(cfg.seeds)), "train_share": cfg.train_share,
+            "augment": cfg.augment, "methods": methods}
 
 
 def table(report, timings):
@@ -397,7 +448,8 @@ def table(report, timings):
         head += "".join(f" {p:>7s}" for p in patterns) + f"{'adapter':>9s}{'trainable':>11s}{'lr':>7s}{'seconds':>9s}"
         title = (f"{report['data']}, {data.origin(report)}: trained with {report['missing']} missing, "
                  f"tested with {text}; absent: {report['absent']}; head: {report['head']}; "
-                 f"seeds: {len(report['seeds'])}")
+                 f"seeds: {len(report['seeds'])}" + f"; {report['train_share']:.0%} of the training split"
+                 * (report["train_share"] < 1) + f"; synthetic studies {report['augment']}" * bool(report["augment"]))
         lines += ["", title, head + "  macro-F1 minus head's, per seed" * ("head" in blocks)]
         for name, m in methods.items():
             block = blocks[name]
@@ -491,6 +543,11 @@ def check(cfg):
                  "phantoms"):
         if getattr(cfg, name) < 1:
             raise Refused(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; must be at least 1")
+    if not 0 < cfg.train_share <= 1:
+        raise Refused(f"--train-share is {cfg.train_share}; must be in (0,1]")
+    run, _, count = cfg.augment.rpartition(":")
+    if cfg.augment and not (run and count.isdigit() and int(count)):
+        raise Refused(f"--augment '{cfg.augment}' must be SELORA_RUN:COUNT with a count of at least 1")
     if cfg.buckets < 16 or cfg.positions < 0 or cfg.positions == 1:
         raise Refused(f"--buckets {cfg.buckets} must be at least 16 and --positions {cfg.positions} 0 or at least 2")
     try:
@@ -583,6 +640,9 @@ def run(cfg, stop):
     if cfg.dry_run:
         return dry_run(cfg, study, vit_config, drawn, device, rates)
 
+    for seed, d in drawn.items() if cfg.augment else ():
+        d |= draw_studies(cfg, study, d, seed, device)
+        print(f"seed {seed}: {len(d['source'])} synthetic studies beside {len(d['parts']['train'])} real ones")
     identity = checkpoint.open_run(cfg)
     base_hash = data.digest({"format": 2, "vit": base_config, "source": data.fingerprint(source), "batch": cfg.batch,
                              "steps": cfg.pretrain_steps})[:16]
@@ -590,6 +650,7 @@ def run(cfg, stop):
     for seed, d in drawn.items():
         arrays = {"modalities": np.array(study.modalities), **d["parts"]}
         arrays |= {f"present {text}": present for text, present in d["tables"].items()}
+        arrays |= {f"synthetic {k}": d[k] for k in ("source", "images", "present") if k in d}
         data.write_atomic(cfg.out / f"split-s{seed}.npz", data.npz_bytes(arrays))
     if study.synthetic and not cfg.data:  # a file for `export.py predict --data`
         data.save_study(cfg.out / "phantoms.npz", study)

@@ -74,6 +74,7 @@ class Config:
     vae_steps: int = 400  # Steps of pretraining the autoencoder.
     pretrain_steps: int = 1200  # Steps of pretraining the denoiser.
     phantoms: int = 4000  # Phantoms to draw of a domain where no file is given.
+    train_share: float = 1.0  # Share of the training split to adapt with, for scarce data; as in train_mora.py.
     schedule: str = "cosine"  # Noise schedule: cosine or linear.
     guidance: float = 2.0  # Classifier-free guidance of the samples.
     sample_steps: int = 20  # DDIM steps of the samples.
@@ -323,7 +324,7 @@ def run_job(cfg, ctx, job, seed):
         result |= judged(cfg, ctx, model, seed)
     state = selora.adapter_state(model) if rule not in REFERENCES else model.state_dict() if rule == "full" else {}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) * (rule != "unadapted")
-    content = {"format": 1, "kind": "selora adapter", "rule": rule, "seed": seed, "state": state,
+    content = {"format": 1, "kind": "selora adapter", "method": job["name"], "rule": rule, "seed": seed, "state": state,
                "ranks": history[-1][1], "history": history, "result": result, "trainable_params": trainable,
                "adapter_params": selora.adapter_parameters(model), "base_hash": ctx["base_hash"]}
     timings = checkpoint.read_json(cfg.out / "timings.json", {})
@@ -343,18 +344,10 @@ def base_model(ctx):
 # ------------------------------------------------------------------------------------------------------------ the judge
 
 
-@torch.no_grad()
 def sample_images(cfg, ctx, model, rows):
     """uint8 images [B,S,S] or [B,S,S,3] from the words of the rows; noise by row, so that an image is the row's own."""
-    vae, images = ctx["vae"], []
-    for part in np.split(rows, range(200, len(rows), 200)):
-        generators = [torch.Generator().manual_seed(int(row)) for row in part]
-        noise = torch.stack([torch.randn(vae.latent, vae.size, vae.size, generator=g) for g in generators])
-        ids = ctx["ids"][torch.from_numpy(part).to(ctx["ids"].device)]
-        z = diffusion.sample(model, noise.to(ids.device), ids, cfg.sample_steps, cfg.guidance, ctx["alphas"])
-        images.append(((vae.decode(z).clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
-    images = torch.cat(images).numpy()
-    return images[:, 0] if images.shape[1] == 1 else np.moveaxis(images, 1, 3)
+    ids = ctx["ids"][torch.from_numpy(rows).to(ctx["ids"].device)]
+    return diffusion.draw_images(model, ctx["vae"], ids, rows, cfg.sample_steps, cfg.guidance, ctx["alphas"])
 
 
 def load_judge(run, device):
@@ -601,6 +594,8 @@ def check(cfg):
         raise Refused("--rank 0 with --rule fixed would train nothing; use --rank 1 or more")
     if cfg.buckets < 16 or cfg.positions < 2 or not 0 <= cfg.guidance < 1e6 or not 0 < cfg.lr < 10:
         raise Refused("--buckets must be at least 16, --positions 2, --guidance 0, --lr in (0,10)")
+    if not 0 < cfg.train_share <= 1:
+        raise Refused(f"--train-share is {cfg.train_share}; must be in (0,1]")
     if cfg.budget < 0 or cfg.sample_every < 0:
         raise Refused(f"--budget {cfg.budget} and --sample-every {cfg.sample_every} must not be negative")
     try:
@@ -702,11 +697,11 @@ def run(cfg, stop):
     for what, study in (("source", source), ("target", target)):
         about = " (synthetic)" * study.synthetic + " (synthetic notes)" * study.synthetic_notes
         print(f"{what}: {study.name}{about}, {len(study)} samples, {int(study.have()[:, 1].sum())} with words")
-    parts, jobs = {seed: data.split(target, seed) for seed in range(cfg.seeds)}, jobs_of(cfg, cost)
+    parts, jobs = {seed: data.split(target, seed, cfg.train_share) for seed in range(cfg.seeds)}, jobs_of(cfg, cost)
     if cfg.dry_run:
         return dry_run(cfg, config, cost, jobs, device)
 
-    checkpoint.open_run(cfg)
+    identity = checkpoint.open_run(cfg)
     for seed, rows in parts.items():
         data.write_atomic(cfg.out / f"split-s{seed}.npz", data.npz_bytes(rows))
 
@@ -752,8 +747,8 @@ def run(cfg, stop):
     checkpoint.save(cfg.out / "model.pt", {
         "format": 1, "kind": "selora", "config": config, "base": base, "base_hash": base_hash, "vae_config": vae.config,
         "vae": vae.state_dict(), "schedule": cfg.schedule, "targets": cfg.targets, "capacity": cfg.capacity,
-        "adapter": results[kept][0], "data": target.name, "synthetic": target.synthetic,
-        "synthetic_notes": target.synthetic_notes})
+        "adapter": results[kept][0], "data": identity["data"] or target.name,
+        "study": data.fingerprint(target), "synthetic": target.synthetic, "synthetic_notes": target.synthetic_notes})
     checkpoint.write_json(cfg.out / "metrics.json", report)
     print(table(report, checkpoint.read_json(cfg.out / "timings.json", {})))
     rank_figure(cfg, report)

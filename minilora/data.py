@@ -466,12 +466,20 @@ def pattern_name(present_row, modalities):
     return "+".join(m for m, p in zip(modalities, present_row) if p)
 
 
-def split(study, seed):
+def split(study, seed, share=1.0):
     """{'train'|'val'|'test': sorted indices}, 80/10/10, stratified by label, whole groups; unlabelled samples are
-    left out.
+    left out. `share`: how much of the training split is used; a smaller share is part of a larger one.
 
     A group is what shares a patient or an identical image, transitively. MedMNIST's own split is kept as it is.
     """
+    parts = _split(study, seed)
+    if share < 1:
+        order = np.random.default_rng((seed, 17)).permutation(parts["train"])
+        parts["train"] = np.sort(order[: max(1, round(share * len(order)))])
+    return parts
+
+
+def _split(study, seed):
     names, labelled = ("train", "val", "test"), study.labelled
     if study.fixed_split is not None:
         result = {k: np.flatnonzero((study.fixed_split == i) & labelled) for i, k in enumerate(names)}

@@ -116,6 +116,19 @@ def sample(model, noise, ids, steps=20, guidance=2.0, alphas=None):
 
 
 @torch.no_grad()
+def draw_images(model, vae, ids, seeds, steps=20, guidance=2.0, alphas=None):
+    """uint8 images [B,S,S] or [B,S,S,3] from word ids [B,P], decoded by `vae`; seeds[b] draws image b's noise."""
+    images = []
+    for part in range(0, len(ids), 200):
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[part : part + 200]]
+        noise = torch.stack([torch.randn(vae.latent, vae.size, vae.size, generator=g) for g in generators])
+        z = sample(model, noise.to(ids.device), ids[part : part + 200], steps, guidance, alphas)
+        images.append(((vae.decode(z).clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
+    images = torch.cat(images)  # [B,ch,S,S]
+    return (images[:, 0] if images.shape[1] == 1 else images.movedim(1, 3)).numpy()
+
+
+@torch.no_grad()
 def ema_update(average, model, decay):
     """Move `average`, a copy of the model, towards it in place: average = decay . average + (1 - decay) . model.
     Its samples are better than the model's own. Buffers and whatever is not a float are copied.

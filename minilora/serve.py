@@ -3,8 +3,10 @@
     from minilora.serve import Diagnoser
     d = Diagnoser("runs/mora/onnx")
     d.predict(images=[image, None], notes=["fever", "weight loss"])   # [2,C] probabilities
+    Synthesizer("runs/selora/onnx").sample(["coin lesion sinistral"])  # uint8 [1,S,S]
 
     python -m minilora.serve predict runs/mora/onnx --image chest.png --note "fever, recent cold"
+    python -m minilora.serve sample runs/selora/onnx --note "coin lesion sinistral" --out sheet.png
     python -m minilora.serve check runs/mora/onnx
 """
 
@@ -24,7 +26,16 @@ import onnxruntime
 from minilora import data, metrics
 from minilora.data import Refused
 
-TOLERANCE = 1e-5  # parity with torch: of a probability or a logit, relative to max(1, |value|)
+COMMANDS = {"check": "rerun the golden inputs and compare with torch's outputs",
+            "predict": "diagnose one sample, or a file with --data", "sample": "draw images from words"}
+# parity with torch, relative to max(1, |value|): of a probability or a logit; of a pixel in [-1,1] or a noise
+TOLERANCES = {("mora", "float32"): 1e-5, ("selora", "float32"): 1e-4,
+              ("mora", "float16"): 2e-2, ("selora", "float16"): 1e-1}
+
+
+def tolerance(manifest):
+    """How far an exported folder may be from torch."""
+    return TOLERANCES[manifest["kind"], manifest["precision"]]
 
 
 def read_manifest(folder, kind=None):
@@ -79,11 +90,13 @@ def providers(device):
     return (cuda if device == "cuda" else []) + ["CPUExecutionProvider"]
 
 
-def open_session(path, device):
-    """An onnxruntime session on the device; `Refused` if CUDA was asked for by name and did not load."""
-    wanted = providers(device)
+def open_session(path, device, quiet=False):
+    """An onnxruntime session on the device; `Refused` if CUDA was asked for by name and did not load. quiet: no line of
+    warning for each weight that can be overridden."""
+    wanted, options = providers(device), onnxruntime.SessionOptions()
+    options.log_severity_level = 3 if quiet else 2
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=wanted)
+        session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
     except Exception as error:  # onnxruntime raises its own family of exceptions
         raise Refused(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from None
     if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":  # only this list is true
@@ -213,25 +226,107 @@ class Diagnoser:
         return None if np.isnan(standard).all() else standard
 
 
+class Synthesizer:
+    """Images from words, by a folder that `export.py selora` wrote: one `session.run` from noise to image.
+
+    `.adapters` are the names that `sample` can take: of a merged export none, of a hot-swap folder 'base' and one for
+    each run. `.provider` is what onnxruntime really uses, `.manifest` what the folder says of itself."""
+
+    def __init__(self, folder, device="auto"):
+        self.folder, self.manifest, self.loaded = Path(folder), read_manifest(folder, "selora"), {}
+        self.adapters = tuple(self.manifest["adapters"])
+        path = self.folder / self.manifest["graphs"]["sampler"]
+        self.session = open_session(path, device, quiet=bool(self.adapters))
+        self.provider = self.session.get_providers()[0]
+
+    def options(self, adapter):
+        """RunOptions with the named adapter active, or None for the model as it is; `Refused` if there is none."""
+        if adapter is None or (adapter == "base" and adapter in self.adapters):
+            return None
+        if adapter not in self.adapters:
+            raise Refused(f"adapter '{adapter}' is not in {self.folder}; it has {', '.join(self.adapters) or 'none'}")
+        if adapter not in self.loaded:
+            self.loaded[adapter] = onnxruntime.LoraAdapter()
+            self.loaded[adapter].Load(str(self.folder / self.manifest["adapters"][adapter]["file"]))
+        options = onnxruntime.RunOptions()  # one of its own for each run: nothing of another adapter is left in it
+        options.add_active_adapter(self.loaded[adapter])
+        return options
+
+    def run(self, noise, ids, guidance, timesteps, adapter=None):
+        """Images [B,ch,S,S] float32 in [-1,1] from noise [B,L,s,s], ids [B,P], a number and falling timesteps [K]."""
+        feed = {"noise": noise, "ids": ids, "guidance": np.array(guidance, np.float32), "timesteps": timesteps}
+        return self.session.run(["images"], feed, self.options(adapter))[0]
+
+    def sample(self, notes, steps=20, guidance=2.0, seed=0, adapter=None):
+        """uint8 [B,S,S] or [B,S,S,3], an image for each of B notes ('' draws without words).
+
+        steps: DDIM steps; guidance: 0 ignores the words, 1 is the model itself, more exaggerates what they say. Image b
+        depends on note b, seed and b alone (to a grey level: sums are ordered by batch). Raises `Refused`, a
+        ValueError, that says which argument is wrong and how."""
+        if isinstance(notes, (str, bytes)) or not len(notes):
+            raise Refused("notes must be a list of at least one string")
+        for i, note in enumerate(notes):
+            if not isinstance(note, str):
+                raise Refused(f"note of sample {i} is {type(note).__name__}; need a string")
+        m = self.manifest
+        number = lambda v, kinds: isinstance(v, kinds) and not isinstance(v, bool)
+        if not number(steps, (int, np.integer)) or not 1 <= steps <= m["timesteps"]:
+            raise Refused(f"steps is {steps!r}; need an integer from 1 to {m['timesteps']}")
+        if not number(guidance, (int, float, np.number)) or not 0 <= guidance <= 100:
+            raise Refused(f"guidance is {guidance!r}; need a number from 0 to 100")
+        if not number(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+            raise Refused(f"seed is {seed!r}; need an integer of at least 0")
+        ids, images = data.tokenize(notes, m["buckets"], m["positions"]), []
+        shape = (m["latent"], m["latent_size"], m["latent_size"])
+        for rows in np.split(np.arange(len(notes)), range(64, len(notes), 64)):
+            noise = np.stack([np.random.default_rng((seed, b)).standard_normal(shape, np.float32) for b in rows])
+            images.append(self.run(noise, ids[rows], guidance, walk(steps, m["timesteps"]), adapter))
+        images = np.rint((np.concatenate(images) + 1) * 127.5).astype(np.uint8)
+        return images[:, 0] if images.shape[1] == 1 else np.moveaxis(images, 1, 3)
+
+
+def walk(steps, schedule):
+    """`steps` falling timesteps [steps] int64, evenly spaced, from the last of the schedule on."""
+    return np.rint(np.arange(steps, 0, -1) * schedule / steps).astype(np.int64) - 1
+
+
 def check(folder, device="auto"):
     """Rerun the golden inputs at batch sizes all and 1; prints parity with torch and the provider. Returns the largest
-    difference over all graphs: of probabilities, and of logits relative to max(1, |logit|)."""
-    diagnoser = Diagnoser(folder, device)
-    golden, worst = data.read_npz(Path(folder) / "golden.npz"), 0.0
-    inputs = {k: v for k, v in golden.items() if " " not in k}
-    print(f"{len(diagnoser.manifest['files'])} files are what the manifest says; provider {diagnoser.provider}")
-    for graph in diagnoser.manifest["graphs"]:
-        wanted, error = (golden[f"logits {graph}"], golden[f"probabilities {graph}"]), 0.0
-        n = len(wanted[0])
+    difference over all graphs, relative to max(1, |value|): of probabilities and logits, of pixels in [-1,1]."""
+    manifest, worst = read_manifest(folder), 0.0
+    served = {"mora": Diagnoser, "selora": Synthesizer}[manifest["kind"]](folder, device)
+    golden = data.read_npz(Path(folder) / "golden.npz")
+    print(f"{len(manifest['files'])} files are what the manifest says; provider {served.provider}")
+    for name, run, wanted in (golden_mora if manifest["kind"] == "mora" else golden_selora)(served, golden, device):
+        error, n = 0.0, len(wanted[0])
         for rows in [list(range(n)), *[[i] for i in range(n)]]:
-            got = diagnoser.run(graph, {k: v[rows] for k, v in inputs.items()})
-            for g, w in zip(got, wanted):
+            for g, w in zip(run(rows), wanted):
                 difference = float(np.max(abs(g - w[rows]) / np.maximum(1, abs(w[rows]))))
                 error = max(error, difference if np.isfinite(difference) else np.inf)
         worst = max(worst, error)
-        print(f"  {graph:32s} parity with torch {error:.1e} at batch {n} and 1")
-    print(f"{'passed' if worst <= TOLERANCE else 'FAILED'}: largest difference {worst:.1e}, limit {TOLERANCE:.0e}")
+        print(f"  {name:32s} parity with torch {error:.1e} at batch {n} and 1")
+    limit = tolerance(manifest)
+    print(f"{'passed' if worst <= limit else 'FAILED'}: largest difference {worst:.1e}, limit {limit:.0e}")
     return worst
+
+
+def golden_mora(diagnoser, golden, device):
+    """(graph, a function rows -> outputs, what torch gave) for each graph."""
+    inputs = {k: v for k, v in golden.items() if " " not in k}
+    for graph in diagnoser.manifest["graphs"]:
+        run = lambda rows, graph=graph: diagnoser.run(graph, {k: v[rows] for k, v in inputs.items()})
+        yield graph, run, (golden[f"logits {graph}"], golden[f"probabilities {graph}"])
+
+
+def golden_selora(synthesizer, golden, device):
+    """The same of the sampler, with each adapter, and of the step graph."""
+    g, walked = golden, (golden["guidance"], golden["timesteps"])
+    for name in synthesizer.adapters or [None]:
+        run = lambda rows, name=name: [synthesizer.run(g["noise"][rows], g["ids"][rows], *walked, name)]
+        yield f"sampler {name or ''}".strip(), run, [g[f"images {name or ''}".strip()]]
+    if "denoise" in synthesizer.manifest["graphs"]:
+        session = open_session(synthesizer.folder / synthesizer.manifest["graphs"]["denoise"], device)
+        yield "denoise", lambda rows: session.run(["eps"], {k: g[k][rows] for k in ("z", "t", "ids")}), [g["eps"]]
 
 
 def read_image(path):
@@ -282,6 +377,50 @@ def chosen_rows(study, args):
     return rows, have[rows]
 
 
+def fill_in(diagnoser, synthesizer, notes, numeric, draws, steps, guidance):
+    """Probabilities [draws,B,C] of samples that have words but no image: for each draw an image from the words, then
+    the diagnosis of the complete sample. The mean over draws marginalises the missing image.
+
+    notes: B of str; numeric: {modality: B rows or None}. Draw k is that of seed k, so fewer draws are the first of
+    more. `Refused` if the two models do not fit: no image modality, other channels."""
+    colours = {m.folder: m.manifest["channels"] for m in (diagnoser, synthesizer)}
+    if "image" not in diagnoser.modalities or "note" not in diagnoser.modalities or len(set(colours.values())) > 1:
+        raise Refused(f"{synthesizer.folder} cannot fill in for {diagnoser.folder}, which must have image and note, "
+                      f"and images of as many channels ({', '.join(map(str, colours.values()))})")
+    drawn = (synthesizer.sample(notes, steps, guidance, seed=k) for k in range(draws))
+    return np.stack([diagnoser.predict(list(images), notes, **numeric) for images in drawn])
+
+
+def fill_file(diagnoser, args, study, rows, request, probabilities):
+    """Diagnose again the rows that have words and lack their image, with drawn images, in place in `probabilities`
+    [n,C]; returns those rows, [n] bool. Where the file has the images that were withheld, a comparison is printed."""
+    if not {"image", "note"} <= set(request):
+        raise Refused(f"--synthesizer fills in images from words; {args.data} has {', '.join(request)}")
+    pairs = zip(request["image"], request["note"])
+    filled = np.array([image is None and note is not None for image, note in pairs])
+    if not filled.any():
+        print("no sample has words without an image: nothing to fill in")
+        return filled
+    synthesizer, cut = Synthesizer(args.synthesizer, args.device), lambda v: [v[i] for i in np.flatnonzero(filled)]
+    if synthesizer.manifest["data"] != diagnoser.manifest["data"]:
+        print(f"the synthesizer was trained on {synthesizer.manifest['data']}, the diagnoser on "
+              f"{diagnoser.manifest['data']}: drawn images may be of another kind")
+    notes, numeric = cut(request["note"]), {m: cut(v) for m, v in request.items() if m not in ("image", "note")}
+    each = fill_in(diagnoser, synthesizer, notes, numeric, max(16, args.draws), args.steps, args.guidance)
+    known, labels = study.labelled[rows][filled], study.labels[rows][filled]
+    if known.any():
+        true = diagnoser.predict(list(study.images[rows][filled]), notes, **numeric)
+        print(f"{int(known.sum())} labelled samples whose image was withheld, by words alone, by drawn images "
+              f"({args.steps} steps, guidance {args.guidance:g}), and by the true image:")
+        compared = {"words only": probabilities[filled], **{f"{k} drawn": each[:k].mean(0) for k in (1, 4, 16)},
+                    "true image": true}
+        for name, p in compared.items():
+            found = metrics.scores(labels[known], p[known])
+            print(f"  {name:12s}" + "".join(f"  {k.replace('_', '-')} {v:.3f}" for k, v in found.items()))
+    probabilities[filled] = each[:args.draws].mean(0)
+    return filled
+
+
 def predict_file(diagnoser, args):
     """Probabilities of a study file's rows: metrics to stdout, one line per sample to --out."""
     classes = diagnoser.classes
@@ -302,16 +441,19 @@ def predict_file(diagnoser, args):
     present = present[:, [study.modalities.index(m) for m in names]]
     values = {"image": study.images, "note": study.notes, **study.numeric}
     request = {m: [values[m][r] if p else None for r, p in zip(rows, present[:, j])] for j, m in enumerate(names)}
-    request["note"] = [None if t is None else str(t) for t in request["note"]] if "note" in request else None
-    probabilities = diagnoser.predict(request.pop("image", None), request.pop("note"), **request)
-
-    known, labels = study.labelled[rows], study.labels[rows]
+    if "note" in request:
+        request["note"] = [None if t is None else str(t) for t in request["note"]]
+    numeric = {m: v for m, v in request.items() if m not in ("image", "note")}
+    probabilities = diagnoser.predict(request.get("image"), request.get("note"), **numeric)
+    known, labels, filled = study.labelled[rows], study.labels[rows], np.zeros(len(rows), bool)
+    if args.synthesizer:
+        filled = fill_file(diagnoser, args, study, rows, request, probabilities)
     found = metrics.scores(labels[known], probabilities[known]) if known.any() else {}
     of = lambda kind: study.__dict__[kind] or diagnoser.manifest[kind]
     about = " (synthetic notes)" if of("synthetic_notes") else " (synthetic data)" if of("synthetic") else ""
     print(f"{args.data}{about}: {len(rows)} samples, {int(known.sum())} labelled; "
           + ", ".join(f"{k.replace('_', '-')} {v:.3f}" for k, v in found.items()))
-    patterns = [data.pattern_name(p, names) for p in present]
+    patterns = [data.pattern_name(p, names) + "+drawn image" * drawn for p, drawn in zip(present, filled.tolist())]
     print("present: " + ", ".join(f"{p} {c}" for p, c in zip(*np.unique(patterns, return_counts=True))))
     if args.out:
         text = io.StringIO()
@@ -330,11 +472,17 @@ def command_line(argv):
     """The parsed command. `predict` has a flag per numeric column of its folder, so the folder is read first."""
     parser = argparse.ArgumentParser(prog="minilora.serve", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    checks = commands.add_parser("check", help="rerun the golden inputs and compare with torch's outputs")
-    predicts = commands.add_parser("predict", help="diagnose one sample, or a file with --data", allow_abbrev=False)
-    for p in (checks, predicts):
+    parsers = {name: commands.add_parser(name, help=what, allow_abbrev=False) for name, what in COMMANDS.items()}
+    for p in parsers.values():
         p.add_argument("folder", type=Path, help="what export.py wrote, for example runs/mora/onnx")
         p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    samples, predicts = parsers["sample"], parsers["predict"]
+    samples.add_argument("--note", action="append", required=True, help="words to draw; may be given several times")
+    samples.add_argument("--n", type=int, default=8, help="images of each note (default: 8)")
+    samples.add_argument("--seed", type=int, default=0, help="same seed, same images (default: 0)")
+    samples.add_argument("--adapter", help="of a hot-swap folder: the adapter's name (default: its base alone)")
+    samples.add_argument("--out", type=Path, default=Path("sheet.png"),
+                         help="a .png sheet (pictures extra) or an .npy array (default: sheet.png)")
     predicts.add_argument("--image", type=Path, help="picture (pictures extra) or .npy array; leave out if missing")
     predicts.add_argument("--note", help="report in words; leave out if missing")
     predicts.add_argument("--data", type=Path, help="study file: predict all of it and print metrics")
@@ -342,6 +490,12 @@ def command_line(argv):
     predicts.add_argument("--split", type=Path, help="with --data: keep to the test rows of this split-sN.npz")
     predicts.add_argument("--missing", help="with --split: apply its stored missing table, TYPE:RATE")
     predicts.add_argument("--out", type=Path, help="with --data: CSV of probabilities")
+    predicts.add_argument("--synthesizer", type=Path, metavar="FOLDER",
+                          help="what export.py selora wrote: draws the images of samples that have only words")
+    predicts.add_argument("--draws", type=int, default=4, help="images drawn per sample (default: 4)")
+    for p in (samples, predicts):
+        p.add_argument("--steps", type=int, default=20, help="DDIM steps of a drawn image (default: 20)")
+        p.add_argument("--guidance", type=float, default=2.0, help="weight of the words in it (default: 2)")
     folder = next((a for a in argv[1:] if os.path.isfile(os.path.join(a, "manifest.json"))), None)
     columns = {}
     if argv[:1] == ["predict"] and folder:
@@ -369,12 +523,23 @@ def predict_one(diagnoser, args, columns):
         if image.dtype == np.uint8 and image.shape[2:] == (3,) and diagnoser.manifest["channels"] == 1:
             image = np.rint(image @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)  # ITU-R 601, as Pillow's "L"
         request["images"] = [image]
+    if args.synthesizer and not args.image and (args.note or "").strip():
+        print(f"image: {args.draws} drawn from the words by {args.synthesizer}, probabilities averaged")
+        synthesizer = Synthesizer(args.synthesizer, args.device)
+        rows = {name: v for name, v in request.items() if name != "notes"}
+        p = fill_in(diagnoser, synthesizer, [args.note], rows, args.draws, args.steps, args.guidance).mean(0)[0]
+        return show(diagnoser, p)
     if not request:
         flags = ", ".join(f"--{f}" for f in ("image", "note", *columns))
         raise Refused(f"nothing to diagnose: give --data FILE.npz, or any of {flags}")
     p = diagnoser.predict(**request)[0]
     present = diagnoser.inputs(request.pop("images", None), request.pop("notes", None), request)[1][0]
     print(f"present: {', '.join(m for m, here in zip(diagnoser.modalities, present) if here)}")
+    show(diagnoser, p)
+
+
+def show(diagnoser, p):
+    """Probabilities [C] as bars."""
     for i in np.argsort(-p):
         print(f"{diagnoser.classes[i]:20s} {p[i]:.3f} {'█' * round(30 * float(p[i]))}")
     if diagnoser.manifest["synthetic"] or diagnoser.manifest["synthetic_notes"]:
@@ -382,11 +547,43 @@ def predict_one(diagnoser, args, columns):
         print(f"trained on synthetic {kind}: not a diagnosis of anybody")
 
 
+def sample_sheet(args):
+    """Draw --n images of each note into a .png sheet, one row per note, or an .npy array [notes,n,S,S]."""
+    if args.n < 1:
+        raise Refused(f"--n is {args.n}; must be at least 1")
+    if args.out.suffix not in (".png", ".npy"):
+        raise Refused(f"--out {args.out}: must end in .png or .npy")
+    synthesizer = Synthesizer(args.folder, args.device)
+    print(f"provider {synthesizer.provider}")
+    notes = [note for note in args.note for _ in range(args.n)]
+    images = synthesizer.sample(notes, args.steps, args.guidance, args.seed, args.adapter)
+    images = images.reshape(len(args.note), args.n, *images.shape[1:])
+    content = io.BytesIO()
+    if args.out.suffix == ".npy":
+        np.save(content, images)
+    else:
+        try:
+            from PIL import Image
+        except ImportError:
+            raise Refused(f"{args.out}: writing pictures needs Pillow: pip install 'minilora[pictures]' "
+                          "(or give an .npy name)") from None
+        sheet = np.concatenate([np.concatenate(list(row), 1) for row in images])  # [notes S, n S]
+        zoom = max(1, 128 // images.shape[2])
+        Image.fromarray(sheet.repeat(zoom, 0).repeat(zoom, 1)).save(content, "PNG")
+    data.write_atomic(args.out, content.getvalue())
+    about = "data" if synthesizer.manifest["synthetic"] else "notes" if synthesizer.manifest["synthetic_notes"] else ""
+    print(f"{args.out}: {len(notes)} images drawn, of no patient" + f"; trained on synthetic {about}" * bool(about))
+
+
 def main(argv=None):
     with data.one_line_errors():
         args, columns = command_line(sys.argv[1:] if argv is None else argv)
         if args.command == "check":
-            raise SystemExit(0 if check(args.folder, args.device) <= TOLERANCE else 1)
+            raise SystemExit(0 if check(args.folder, args.device) <= tolerance(own_manifest(args.folder)) else 1)
+        if args.command == "sample":
+            return sample_sheet(args)
+        if args.draws < 1:
+            raise Refused(f"--draws is {args.draws}; must be at least 1")
         diagnoser = Diagnoser(args.folder, args.device)
         print(f"provider {diagnoser.provider}")
         predict_file(diagnoser, args) if args.data else predict_one(diagnoser, args, columns)

@@ -1,0 +1,332 @@
+"""The sampler without torch: merged and hot-swapped graphs against torch, what is refused, filling in, scarce data."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import ROOT
+
+import export
+import train_mora
+import train_selora
+from minilora import checkpoint, data, diffusion, selora, serve
+from minilora.serve import Diagnoser, Refused, Synthesizer
+from minilora.unet import Denoiser
+from minilora.vae import VAE
+
+TINY = ["--seeds", "1", "--steps", "20", "--pretrain-steps", "20", "--vae-steps", "30", "--phantoms", "240", "--batch", "8", "--width", "8", "--text-width", "8",
+        "--vae-width", "8", "--heads", "2", "--buckets", "128", "--positions", "10", "--sample-steps", "2", "--lr", "0.05", "--device", "cpu"]  # fmt: skip
+NOTES = ["coin lesion sinistral, pyrexia", "", "unremarkable, asymptomatic, none stated"]
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory):
+    """Runs `neyman` (ranks 0 to 8, mixed), `uniform` and `ones` of one base, exported merged and into one hot-swap folder."""
+    folder = tmp_path_factory.mktemp("drawn")
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        for name, rule, rank in (("neyman", "neyman", "1"), ("uniform", "fixed", "3"), ("ones", "fixed", "1")):
+            train_selora.main([*TINY, "--out", name, "--rule", rule, "--rank", rank])
+            export.main(["selora", name])
+            export.main(["selora", name, "--hot-swap", "swap"])
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def loaded(run, base=False):
+    """(the adapted denoiser, its autoencoder, its schedule) of a finished run."""
+    saved = checkpoint.load(run / "model.pt", "selora")
+    model, vae = Denoiser(**saved["config"]), VAE(**saved["vae_config"])
+    model.load_state_dict(saved["base"])
+    vae.load_state_dict(saved["vae"])
+    if not base:
+        selora.inject(model, None, 0, saved["capacity"])
+        selora.load_adapter(model, saved["adapter"]["state"])
+    return model.eval(), vae.eval(), diffusion.alphas_cumprod(kind=saved["schedule"])
+
+
+def request(n, steps, positions=10):
+    rng = np.random.default_rng(3)
+    noise = rng.standard_normal((n, 4, 8, 8)).astype(np.float32)
+    return noise, data.tokenize((NOTES * n)[:n], 128, positions), serve.walk(steps, 1000)
+
+
+def by_torch(model, vae, alphas, noise, ids, steps, guidance):
+    with torch.no_grad():
+        z = diffusion.sample(model, torch.from_numpy(noise), torch.from_numpy(ids), steps, guidance, alphas)
+        return vae.decode(z).clamp(-1, 1).numpy()
+
+
+@pytest.mark.parametrize("run", ["neyman", "uniform"])
+@pytest.mark.parametrize("steps,guidance", [(50, 2.0), (7, 0.0), (1, 5.0)])
+def test_the_one_graph_sampler_is_the_torch_sampler(drawn, run, steps, guidance):
+    served, parts = Synthesizer(drawn / run / "onnx", "cpu"), loaded(drawn / run)
+    for n in (1, 3):
+        for positions in (10, 6):  # the number of words is dynamic
+            noise, ids, walk = request(n, steps, positions)
+            got = served.run(noise, ids, guidance, walk)
+            assert got.shape == (n, 1, 32, 32) and abs(got - by_torch(*parts, noise, ids, steps, guidance)).max() < 1e-4
+
+
+def test_walk_is_the_timesteps_of_training():
+    for steps in (1, 2, 3, 7, 20, 50, 333, 999, 1000):
+        assert (serve.walk(steps, 1000) == diffusion.timesteps(steps).numpy()).all()
+
+
+def nodes(path):
+    """{op: count} of a model, the bodies of loops included."""
+    counts = {}
+
+    def count(graph):
+        for node in graph.node:
+            counts[node.op_type] = counts.get(node.op_type, 0) + 1
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    count(attribute.g)
+
+    count(onnx.load(path).graph)
+    return counts
+
+
+def test_the_merged_graph_has_the_nodes_of_the_base(drawn, tmp_path):
+    saved = checkpoint.load(drawn / "neyman/model.pt")
+    for state in saved["adapter"]["state"].values():  # rank 0 everywhere is the base
+        state |= {"B": state["B"][:0], "A": state["A"].narrow(int(state["A"].dim() == 2), 0, 0)}
+    (tmp_path / "base").mkdir()
+    checkpoint.save(tmp_path / "base/model.pt", saved)
+    export.export_selora(tmp_path / "base")
+    model, vae, alphas = loaded(drawn / "neyman", base=True)
+    noise, ids, walk = request(2, 5)
+    served = Synthesizer(tmp_path / "base/onnx", "cpu").run(noise, ids, 2.0, walk)
+    assert abs(served - by_torch(model, vae, alphas, noise, ids, 5, 2.0)).max() < 1e-4
+    for graph in ("sampler.onnx", "denoise.onnx"):
+        assert nodes(drawn / "neyman/onnx" / graph) == nodes(tmp_path / "base/onnx" / graph)
+        onnx.checker.check_model(str(drawn / "neyman/onnx" / graph), full_check=True)
+
+
+def test_hot_swapping_equals_merging_and_leaks_nothing(drawn):
+    ranks = json.loads((drawn / "neyman/onnx/manifest.json").read_text())["ranks"]
+    assert {0, 1} < set(ranks.values()) and max(ranks.values()) > 2
+    swap = Synthesizer(drawn / "swap", "cpu")
+    assert swap.adapters == ("base", "neyman", "uniform", "ones")
+    noise, ids, walk = request(3, 10)
+    merged = {name: Synthesizer(drawn / name / "onnx", "cpu").run(noise, ids, 2.0, walk) for name in swap.adapters[1:]}
+    merged["base"] = by_torch(*loaded(drawn / "neyman", base=True), noise, ids, 10, 2.0)
+    assert abs(merged["neyman"] - merged["uniform"]).max() > 1e-2
+    first = {}
+    for name in ["base", "neyman", "uniform", "neyman", "ones", "base", "uniform", "neyman"]:  # back and forth, one session
+        got = swap.run(noise, ids, 2.0, walk, name)
+        assert abs(got - merged[name]).max() < 1e-5
+        assert (got == first.setdefault(name, got)).all()
+    assert (swap.run(noise, ids, 2.0, walk) == first["base"]).all()
+
+
+def test_sample_depends_on_note_seed_and_place_alone(drawn):
+    served = Synthesizer(drawn / "neyman/onnx", "cpu")
+    all_of = served.sample(NOTES, steps=4, seed=5)
+    assert all_of.dtype == np.uint8 and all_of.shape == (3, 32, 32)
+    near = lambda a, b: abs(a.astype(int) - b).max() <= 1  # sums are ordered by batch
+    assert near(served.sample(NOTES[:1], steps=4, seed=5), all_of[:1])
+    assert near(served.sample(["x", *NOTES[1:], *["y"] * 70], steps=4, seed=5)[1:3], all_of[1:])
+    assert (served.sample(NOTES, steps=4, seed=5) == all_of).all()
+    assert not near(served.sample(NOTES, steps=4, seed=6), all_of)
+
+
+BAD = [(dict(notes="one string"), "list of at least one string"), (dict(notes=[]), "list of at least one string"), (dict(notes=["a", None]), "note of sample 1 is NoneType"),
+       (dict(steps=0), "steps is 0"), (dict(steps=1001), "from 1 to 1000"), (dict(steps=2.5), "steps is 2.5"), (dict(steps=True), "steps is True"),
+       (dict(guidance=-1), "guidance is -1"), (dict(guidance=float("nan")), "guidance is nan"), (dict(guidance="much"), "guidance is 'much'"),
+       (dict(seed=-1), "seed is -1"), (dict(adapter="none"), "adapter 'none' is not in"), (dict(adapter="base"), "adapter 'base' is not in")]  # fmt: skip
+
+
+@pytest.mark.parametrize("given,words", BAD, ids=[str(g) for g, _ in BAD])
+def test_bad_requests_are_refused(drawn, given, words):
+    with pytest.raises(Refused, match=words):
+        Synthesizer(drawn / "neyman/onnx", "cpu").sample(**{"notes": NOTES, "steps": 2} | given)
+
+
+@pytest.mark.parametrize("file", ["sampler.onnx", "denoise.onnx", "golden.npz", "manifest.json"])
+def test_a_flipped_byte_is_refused_before_a_session_is_made(drawn, tmp_path, monkeypatch, file):
+    shutil.copytree(drawn / "neyman/onnx", tmp_path / "x")
+    content = bytearray((tmp_path / "x" / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "x" / file).write_bytes(content)
+    monkeypatch.setattr(serve, "open_session", lambda *a, **k: pytest.fail("a session was made"))
+    with pytest.raises(Refused, match=file):
+        Synthesizer(tmp_path / "x", "cpu")
+
+
+def test_sample_and_filled_predict_work_where_torch_cannot_be_imported(drawn, tiny, tmp_path):
+    blocker = tmp_path / "torch.py"
+    blocker.write_text("raise ImportError('no torch here')")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    call = lambda *argv: subprocess.run([sys.executable, *map(str, argv)], env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = call(ROOT / "export.py", "sample", drawn / "swap", "--note", NOTES[0], "--n", 2, "--steps", 2, "--adapter", "ones", "--out", "s.npy")
+    assert done.returncode == 0 and "of no patient" in done.stdout, done.stderr
+    assert np.load(tmp_path / "s.npy").shape == (1, 2, 32, 32)
+    done = call("-m", "minilora.serve", "predict", tiny[1] / "onnx", "--note", NOTES[0], "--synthesizer", drawn / "neyman/onnx", "--steps", 2)
+    assert done.returncode == 0 and "4 drawn from the words" in done.stdout, done.stderr
+    assert "NVIDIA" not in done.stderr and done.stderr.count("\n") == 0
+    done = call("-m", "minilora.serve", "check", drawn / "swap")
+    assert done.returncode == 0 and "sampler neyman" in done.stdout
+
+
+def test_sample_writes_a_sheet(drawn, tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    serve.main(["sample", str(drawn / "neyman/onnx"), "--note", NOTES[0], "--note", NOTES[2], "--n", "3", "--steps", "2"])
+    serve.main(["sample", str(drawn / "neyman/onnx"), "--note", NOTES[0], "--note", NOTES[2], "--n", "3", "--steps", "2", "--out", "s.npy"])
+    sheet, images = np.asarray(Image.open("sheet.png")), np.load("s.npy")
+    assert sheet.shape == (2 * 128, 3 * 128) and (sheet[::4, ::4][32:, 64:] == images[1, 2]).all()
+    assert "trained on synthetic data" in capsys.readouterr().out
+
+
+def test_filling_in_averages_over_drawn_images(drawn, tiny):
+    diagnoser, synthesizer = Diagnoser(tiny[1] / "onnx", "cpu"), Synthesizer(drawn / "neyman/onnx", "cpu")
+    vitals = [{"temperature": 38.0}, None, None]
+    notes = [NOTES[0], "cough", NOTES[2]]
+    each = serve.fill_in(diagnoser, synthesizer, notes, {"vitals": vitals}, 3, 2, 2.0)
+    assert each.shape == (3, 3, 4)
+    for k in range(3):
+        images = synthesizer.sample(notes, 2, 2.0, seed=k)
+        assert np.allclose(each[k], diagnoser.predict(list(images), notes, vitals=vitals), atol=1e-6)
+    assert (serve.fill_in(diagnoser, synthesizer, notes, {"vitals": vitals}, 2, 2, 2.0) == each[:2]).all()
+
+
+def test_predict_file_fills_in_marks_the_rows_and_compares(drawn, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run, n = tiny[1], 3
+    common = [str(run / "onnx"), "--data", str(run / "phantoms.npz"), "--split", str(run / "split-s0.npz"), "--missing", "image:0.5"]
+    serve.main(["predict", *common, "--out", "plain.csv"])
+    serve.main(["predict", *common, "--out", "filled.csv", "--synthesizer", str(drawn / "neyman/onnx"), "--draws", str(n), "--steps", "2"])
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said for name in ("words only", "1 drawn", "4 drawn", "16 drawn", "true image"))
+    plain, filled = ([line.split(",") for line in open(f).read().splitlines()] for f in ("plain.csv", "filled.csv"))
+    study, present = data.load_study(run / "phantoms.npz"), np.load(run / "split-s0.npz")["present image:0.5"]
+    diagnoser, synthesizer = Diagnoser(run / "onnx", "cpu"), Synthesizer(drawn / "neyman/onnx", "cpu")
+    without = [row for row in plain[1:] if not present[int(row[0])][0]]
+    assert len(without) > 5
+    notes = [str(study.notes[int(row[0])]) for row in without]
+    vitals = [study.numeric["vitals"][int(row[0])] if present[int(row[0])][2] else None for row in without]
+    wanted = serve.fill_in(diagnoser, synthesizer, notes, {"vitals": vitals}, n, 2, 2.0).mean(0)
+    for row, before in zip(filled[1:], plain[1:]):
+        if present[int(row[0])][0]:
+            assert row == before
+        else:
+            assert row[1] == before[1] + "+drawn image"
+            assert np.allclose(np.array(row[4:], float), wanted[[w[0] for w in without].index(row[0])], atol=2e-6)
+
+
+def test_fp16_keeps_inputs_outputs_and_states_its_parity(drawn, tiny, tmp_path, capsys):
+    export.main(["selora", str(drawn / "neyman"), "--fp16", "--out", str(tmp_path / "half")])
+    export.main(["mora", str(tiny[1]), "--fp16", "--out", str(tmp_path / "mora")])
+    for folder, full in ((tmp_path / "half", drawn / "neyman/onnx"), (tmp_path / "mora", tiny[1] / "onnx")):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["precision"] == "float16" and 1e-5 < manifest["parity"] < serve.tolerance(manifest)
+        assert json.loads((full / "manifest.json").read_text())["parity"] < 1e-5
+        for graph in manifest["graphs"].values():
+            a, b = (onnx.load(where / graph).graph for where in (folder, full))
+            kinds = lambda values: [(v.name, v.type.tensor_type.elem_type) for v in values]
+            assert kinds(a.input) == kinds(b.input) and kinds(a.output) == kinds(b.output)
+            assert os.path.getsize(folder / graph) < os.path.getsize(full / graph)
+    noise, ids, walk = request(2, 20)
+    half, full = (Synthesizer(folder, "cpu").run(noise, ids, 2.0, walk) for folder in (tmp_path / "half", drawn / "neyman/onnx"))
+    assert 0 < abs(half - full).max() < 0.05
+
+
+def test_hot_swap_refuses_what_does_not_belong(drawn, refused, tmp_path):
+    os.chdir(drawn)
+    said = lambda *argv: refused_in(drawn, export.main, *argv)
+    assert "has an adapter 'ones' already" in said("selora", "ones", "--hot-swap", "swap")
+    assert "holds a merged export" in said("selora", "ones", "--hot-swap", "ones/onnx")
+    assert "leave out --out and --fp16" in said("selora", "ones", "--hot-swap", "swap", "--fp16")
+    assert "adapter name '../x'" in said("selora", "ones", "--hot-swap", "swap", "--name", "../x")
+    assert "'full' is a reference without an adapter" in said("selora", "ones", "--method", "full")
+    assert "ones/adapters/gain-s0.pt: no such adapter" in said("selora", "ones", "--method", "gain")
+    os.chdir(tmp_path)
+    train_selora.main([*TINY, "--out", "other", "--rule", "fixed", "--pretrain-steps", "21"])
+    assert "the run's adapter is for base" in refused_in(tmp_path, export.main, "selora", "other", "--hot-swap", str(drawn / "swap"))
+
+
+def refused_in(folder, main, *argv):
+    """As the fixture `refused`, in a folder that holds runs: one line, code 2, no file more than before."""
+    import contextlib
+    import io
+
+    before, error = sorted(folder.rglob("*")), io.StringIO()
+    with contextlib.redirect_stderr(error), pytest.raises(SystemExit) as stopped:
+        main(list(argv))
+    assert stopped.value.code == 2 and error.getvalue().count("\n") == 1 and sorted(folder.rglob("*")) == before
+    return error.getvalue()
+
+
+def test_command_lines_that_cannot_be_served(drawn, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = lambda *argv: refused_in(tmp_path, serve.main, *map(str, argv))
+    merged = drawn / "neyman/onnx"
+    assert "must end in .png or .npy" in said("sample", merged, "--note", "a", "--out", "s.jpg")
+    assert "--n is 0" in said("sample", merged, "--note", "a", "--n", 0)
+    assert "holds a 'mora' export; this needs 'selora'" in said("sample", tiny[1] / "onnx", "--note", "a")
+    assert "holds a 'selora' export; this needs 'mora'" in said("predict", merged, "--note", "a")
+    assert "--draws is 0" in said("predict", tiny[1] / "onnx", "--note", "a", "--synthesizer", merged, "--draws", 0)
+
+
+def test_bench_prints_every_graph_beside_eager(drawn, tiny, capsys):
+    for folder, graphs in ((drawn / "neyman/onnx", ("sampler", "denoise")), (tiny[1] / "onnx", ("image+note", "mask"))):
+        export.bench(folder, "cpu", rounds=1)
+        said = capsys.readouterr().out
+        assert "provider CPUExecutionProvider" in said and "beside it: yes" in said
+        assert all(sum(line.startswith(f"{graph} ") and len(line.split()) == 6 for line in said.splitlines()) == 3 for graph in graphs)
+
+
+SCARCE = ["--seeds", "1", "--steps", "6", "--pretrain-steps", "6", "--phantoms", "240", "--width", "16", "--depth", "1", "--heads", "2", "--batch", "16", "--buckets", "128",
+          "--device", "cpu", "--lr", "0.01", "--methods", "head", "mora"]  # fmt: skip
+
+
+def test_synthetic_studies_join_the_training_split_only(drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(drawn)
+    train_mora.main([*SCARCE, "--out", str(tmp_path / "plain")])
+    train_mora.main([*SCARCE, "--out", str(tmp_path / "more"), "--augment", "neyman:30"])
+    plain, more = (np.load(tmp_path / f"{name}/split-s0.npz") for name in ("plain", "more"))
+    assert all((plain[k] == more[k]).all() for k in plain.files)
+    assert np.isin(more["synthetic source"], plain["train"]).all() and more["synthetic images"].shape == (30, 32, 32)
+    study = data.phantoms(240, 2).select(("image", "note"))
+    cut = train_mora.draw_task(train_mora.Config(phantoms=240, seeds=1), study, 0)
+    cut |= {k: more[f"synthetic {k}"] for k in ("source", "images", "present")}
+    vit = dict(image_size=32, channels=1, buckets=128, positions=12)
+    task = train_mora.load_task(study, cut, "any:0.7", vit, "cpu")
+    assert (task["train"] == [*plain["train"], *range(240, 270)]).all() and len(task["labels"]) == 270
+    assert (task["labels"][240:].numpy() == study.labels[more["synthetic source"]]).all()
+    assert (task["inputs"]["note"][240:] == task["inputs"]["note"][more["synthetic source"]]).all()
+    assert torch.equal(task["inputs"]["image"][240:, 0], torch.from_numpy(more["synthetic images"] / np.float32(127.5) - 1))
+    assert 0.2 < task["present"][240:, 0].mean() < 0.95  # the missing table is drawn for them too
+    report = json.loads((tmp_path / "more/metrics.json").read_text())
+    assert report["augment"] == "neyman:30" and report["methods"]["mora"]["macro_f1"] != json.loads(
+        (tmp_path / "plain/metrics.json").read_text())["methods"]["mora"]["macro_f1"]
+
+
+def test_a_smaller_share_lies_in_a_larger_and_leaves_the_test_split_alone():
+    study = data.phantoms(300, 2)
+    whole, third, tenth = (data.split(study, 1, share) for share in (1.0, 0.3, 0.1))
+    assert (len(third["train"]), len(tenth["train"])) == (round(0.3 * len(whole["train"])), round(0.1 * len(whole["train"])))
+    assert set(tenth["train"]) < set(third["train"]) < set(whole["train"]) and (third["test"] == whole["test"]).all()
+
+
+def test_augmenting_with_a_run_that_saw_more_is_refused(drawn, monkeypatch):
+    monkeypatch.chdir(drawn)
+    said = lambda *argv: refused_in(drawn, train_mora.main, *SCARCE, "--out", "x", *argv)
+    assert "samples outside this run's training split; train it with the same --train-share" in said("--augment", "neyman:30", "--train-share", "0.3")
+    assert "was trained on phantoms (target), another study" in said("--augment", "neyman:30", "--phantoms", "250")
+    assert "must be SELORA_RUN:COUNT" in said("--augment", "neyman:0")
+    assert "must be SELORA_RUN:COUNT" in said("--augment", "neyman")
+    assert "--augment draws images from notes; the modalities are image" in said("--augment", "neyman:9", "--modalities", "image")
+    assert "absent/model.pt: no such file" in said("--augment", "absent:9")
+    assert "--train-share is 0.0" in said("--train-share", "0")
