@@ -5,6 +5,9 @@ PY = .venv/bin/python
 DEMO = --out runs/demo/mora --seeds 1 --phantoms 3000 --steps 400 --pretrain-steps 600 --resume \
        --lr head:0.03 lora:0.03 mora:0.03 mora-open:0.03 full:0.003
 
+SELORA = --out runs/demo/selora --seeds 1 --phantoms 3000 --steps 240 --every 20 --vae-steps 250 --pretrain-steps 500 \
+         --width 28 --text-width 32 --heads 2 --lr 1e-2 --judge runs/demo/mora --resume
+
 .PHONY: install demo test bench clean
 
 install: .venv/installed
@@ -25,7 +28,16 @@ demo: install
 	$(PY) export.py predict runs/demo/mora/onnx --data runs/demo/mora/phantoms.npz \
 	    --split runs/demo/mora/split-s0.npz --missing any:0.7 --out runs/demo/mora/predictions.csv
 	$(PY) export.py predict runs/demo/mora/onnx --note "coin lesion right hemithorax, cachexia, pack years"
-	@echo "== look at runs/demo/mora/macro_f1.png; next: README.md"
+	@echo "== SeLoRA: pretrain a small latent diffusion model on phantoms, adapt it to the target domain with growing ranks"
+	$(PY) train_selora.py $(SELORA)
+	@echo "== merge the expanded ranks and freeze the whole sampler into one ONNX graph; draw images without torch"
+	$(PY) export.py selora runs/demo/selora
+	$(PY) export.py sample runs/demo/selora/onnx --note "coin lesion right hemithorax, cachexia, pack years" \
+	    --note "aerated, no ailment, unknown" --out runs/demo/selora/sheet.png
+	@echo "== both: draw the missing image from the words, then diagnose"
+	$(PY) export.py predict runs/demo/mora/onnx --data runs/demo/mora/phantoms.npz --synthesizer runs/demo/selora/onnx \
+	    --split runs/demo/mora/split-s0.npz --missing any:0.7 --steps 10 --out runs/demo/mora/filled.csv
+	@echo "== look at macro_f1.png in runs/demo/mora, ranks.png, samples.png and sheet.png in runs/demo/selora; next: README.md"
 
 test: install
 	$(PY) -m pytest

@@ -60,7 +60,7 @@ class Config:
     rules_table: bool = False  # Run every rule at the budgets of uniform rank 1 and 2, and print the comparison.
     steps: int = 800  # Adaptation steps.
     batch: int = 32  # Samples per step.
-    lr: float = 3e-3  # Peak learning rate of adapters; full fine-tuning gets a tenth.
+    lr: float = 1e-2  # Peak learning rate of adapters; full fine-tuning gets a tenth.
     image_size: int = 32  # Images are resized to this.
     factor: int = 4  # Image size over latent size, a power of two.
     latent: int = 4  # Latent channels.
@@ -390,11 +390,11 @@ def linear_reader(x, labels):
     return lambda features: linear((features - mean) / std).argmax(1)
 
 
-def prepare_judge(cfg, ctx, target, seed):
+def prepare_judge(ctx, seed):
     """What `judged` compares with at a seed: real held-out features, readers of finding and side, floor and ceiling.
 
     Nothing here has seen a held-out image: the readers are fitted on the training split. Rows: held-out, test first."""
-    parts, vit = ctx["parts"][seed], ctx["judge"]["vit"]
+    parts, vit, target = ctx["parts"][seed], ctx["judge"]["vit"], ctx["target"]
     rows = np.concatenate([parts["test"], parts["val"]])[:400]
     train = np.random.default_rng((seed, 21)).permutation(parts["train"])
     tokens, known = judge_tokens(vit, target.images[rows]), judge_tokens(vit, target.images[train])
@@ -688,24 +688,8 @@ def main(argv=None):
     checkpoint.guarded(run, cfg)
 
 
-def run(cfg, stop):
-    config, device = check(cfg), checkpoint.pick_device(cfg.device)
-    torch.backends.cudnn.allow_tf32 = False  # as in train_mora.py: as exact as the exported graphs
-    cost, replay = check_adapters(cfg, config)
-    judge = load_judge(cfg.judge, device) if cfg.judge else None
-    target, source = read_study(cfg, cfg.data, "target", 2), read_study(cfg, cfg.source, "source", 1)
-    for what, study in (("source", source), ("target", target)):
-        about = " (synthetic)" * study.synthetic + " (synthetic notes)" * study.synthetic_notes
-        print(f"{what}: {study.name}{about}, {len(study)} samples, {int(study.have()[:, 1].sum())} with words")
-    parts, jobs = {seed: data.split(target, seed, cfg.train_share) for seed in range(cfg.seeds)}, jobs_of(cfg, cost)
-    if cfg.dry_run:
-        return dry_run(cfg, config, cost, jobs, device)
-
-    identity = checkpoint.open_run(cfg)
-    for seed, rows in parts.items():
-        data.write_atomic(cfg.out / f"split-s{seed}.npz", data.npz_bytes(rows))
-
-    # the base: images -> latents -> a denoiser of the source's latents and words
+def prepare(cfg, config, source, target, device, stop):
+    """Images -> latents, words -> ids, and the base: autoencoder and denoiser, pretrained on the source or cached."""
     channels = 3 if 4 in (target.images.ndim, source.images.ndim) else 1
     images = {k: torch.from_numpy(data.prepare_images(s.images, cfg.image_size, channels)).to(device)
               for k, s in (("source", source), ("target", target))}
@@ -721,34 +705,60 @@ def run(cfg, stop):
     base_hash = data.digest([*fixed, config, cfg.schedule, cfg.pretrain_steps, cfg.batch])[:16]
     path = Path(f"runs/base/unet-{base_hash}.pt")
     base = pretrain(cfg, config, z["source"], words["source"], alphas, device, path, stop)
+    return {"config": config, "base": base, "base_hash": base_hash, "vae": vae, "z": z["target"],
+            "ids": words["target"], "alphas": alphas}
 
-    ctx = {"config": config, "base": base, "base_hash": base_hash, "vae": vae, "target": target, "parts": parts,
-           "z": z["target"], "ids": words["target"], "alphas": alphas, "replay": replay, "judge": {}, "stop": stop,
-           "log": checkpoint.Log(cfg.out / "log.jsonl")}
-    results = {job["name"]: [] for job in jobs}
-    for seed in range(cfg.seeds):  # seed by seed: the first whole comparison is there early
-        if judge:
-            ctx["judge"]["vit"] = judge
-            ctx["judge"][seed] = prepare_judge(cfg, ctx, target, seed)
-        for job in jobs:
-            results[job["name"]].append(run_job(cfg, ctx, job, seed))
 
+def collect(cfg, target, judge, results):
+    """The content of metrics.json from {method: [content per seed]}."""
     methods = {name: {k: [r["result"][k] for r in runs] for k in runs[0]["result"]}
                | {k: [r[k] for r in runs] for k in ("adapter_params", "trainable_params", "ranks", "history")}
                for name, runs in results.items()}
-    known = [ctx["judge"][seed] for seed in range(cfg.seeds)] if judge else []
-    ceiling = {k: [j["ceiling"][k] for j in known] for k in known[0]["ceiling"]} if judge else {}
-    report = {"format": 1, "kind": "selora", "data": target.name, "synthetic": target.synthetic,
-              "synthetic_notes": target.synthetic_notes, "seeds": list(range(cfg.seeds)), "methods": methods,
-              "judge": {"run": str(cfg.judge), "n": known[0]["n"], "floor": [j["floor"] for j in known],
-                        "ceiling": ceiling, "features": "mean last token of the frozen ViT of train_mora.py"}
-              if judge else None}
-    kept = next(job["name"] for job in jobs if job["rule"] not in REFERENCES)
+    known = [judge[seed] for seed in range(cfg.seeds)] if judge else []
+    verdict = {"run": str(cfg.judge), "features": "mean last token of the frozen ViT of train_mora.py",
+               "n": known[0]["n"], "floor": [j["floor"] for j in known],
+               "ceiling": {k: [j["ceiling"][k] for j in known] for k in known[0]["ceiling"]}} if judge else None
+    return {"format": 1, "kind": "selora", "data": target.name, "synthetic": target.synthetic,
+            "synthetic_notes": target.synthetic_notes, "seeds": list(range(cfg.seeds)), "methods": methods,
+            "judge": verdict}
+
+
+def run(cfg, stop):
+    config, device = check(cfg), checkpoint.pick_device(cfg.device)
+    torch.backends.cudnn.allow_tf32 = False  # as in train_mora.py: as exact as the exported graphs
+    cost, replay = check_adapters(cfg, config)
+    vit = load_judge(cfg.judge, device) if cfg.judge else None
+    if cfg.source and cfg.data and data.sha256(cfg.source) == data.sha256(cfg.data):
+        raise Refused(f"--source {cfg.source} is the --data file: the base would see the held-out images")
+    target, source = read_study(cfg, cfg.data, "target", 2), read_study(cfg, cfg.source, "source", 1)
+    for what, study in (("source", source), ("target", target)):
+        about = " (synthetic)" * study.synthetic + " (synthetic notes)" * study.synthetic_notes
+        print(f"{what}: {study.name}{about}, {len(study)} samples, {int(study.have()[:, 1].sum())} with words")
+    parts, jobs = {seed: data.split(target, seed, cfg.train_share) for seed in range(cfg.seeds)}, jobs_of(cfg, cost)
+    if cfg.dry_run:
+        return dry_run(cfg, config, cost, jobs, device)
+
+    identity = checkpoint.open_run(cfg)
+    for seed, rows in parts.items():
+        data.write_atomic(cfg.out / f"split-s{seed}.npz", data.npz_bytes(rows))
+    ctx = prepare(cfg, config, source, target, device, stop) | {
+        "target": target, "parts": parts, "replay": replay, "judge": {}, "stop": stop,
+        "log": checkpoint.Log(cfg.out / "log.jsonl")}
+    results = {job["name"]: [] for job in jobs}
+    for seed in range(cfg.seeds):  # seed by seed: the first whole comparison is there early
+        if vit:
+            ctx["judge"]["vit"] = vit
+            ctx["judge"][seed] = prepare_judge(ctx, seed)
+        for job in jobs:
+            results[job["name"]].append(run_job(cfg, ctx, job, seed))
+
+    kept, vae = next(job["name"] for job in jobs if job["rule"] not in REFERENCES), ctx["vae"]
     checkpoint.save(cfg.out / "model.pt", {
-        "format": 1, "kind": "selora", "config": config, "base": base, "base_hash": base_hash, "vae_config": vae.config,
-        "vae": vae.state_dict(), "schedule": cfg.schedule, "targets": cfg.targets, "capacity": cfg.capacity,
-        "adapter": results[kept][0], "data": identity["data"] or target.name,
+        "format": 1, "kind": "selora", "config": config, "base": ctx["base"], "base_hash": ctx["base_hash"],
+        "vae_config": vae.config, "vae": vae.state_dict(), "schedule": cfg.schedule, "targets": cfg.targets,
+        "capacity": cfg.capacity, "adapter": results[kept][0], "data": identity["data"] or target.name,
         "study": data.fingerprint(target), "synthetic": target.synthetic, "synthetic_notes": target.synthetic_notes})
+    report = collect(cfg, target, ctx["judge"], results)
     checkpoint.write_json(cfg.out / "metrics.json", report)
     print(table(report, checkpoint.read_json(cfg.out / "timings.json", {})))
     rank_figure(cfg, report)
@@ -756,7 +766,7 @@ def run(cfg, stop):
     selora.inject(model, cfg.targets or None, 0, cfg.capacity)
     selora.load_adapter(model, results[kept][0]["state"])
     sheet(cfg, ctx, model.eval(), "samples.png")
-    print(f"run folder: {cfg.out}")
+    print(f"run folder: {cfg.out}; export {kept}, seed 0, with: python export.py selora {cfg.out}")
 
 
 if __name__ == "__main__":

@@ -41,8 +41,9 @@ def tolerance(manifest):
 def read_manifest(folder, kind=None):
     """The manifest of an exported folder, after its own hash and the hash of every file in it were checked."""
     manifest, folder, path = own_manifest(folder), Path(folder), Path(folder) / "manifest.json"
-    if not {*manifest.get("graphs", {}).values()} <= {*manifest["files"]}:
-        raise Refused(f"{path}: names a graph whose hash it does not hold")
+    adapters = {a["file"] for a in manifest.get("adapters", {}).values() if a}  # the base has no file of its own
+    if not {*manifest.get("graphs", {}).values(), *adapters} <= {*manifest["files"]}:
+        raise Refused(f"{path}: names a graph or an adapter whose hash it does not hold")
     for name, wanted in manifest["files"].items():
         if Path(name).name != name:  # a manifest must not reach outside its folder
             raise Refused(f"{path}: file name '{name}' is not a plain name")

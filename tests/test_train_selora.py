@@ -109,6 +109,13 @@ def test_a_replay_of_another_model_and_an_adapter_of_another_base_are_refused(re
     assert "r/adapters/fixed-s0.pt: an adapter for base" in refused(train_selora.main, *TINY, "--out", "r", "--rule", "fixed", "--resume")
 
 
+def test_source_and_target_must_be_two_files(refused, tmp_path):
+    for name in ("a.npz", "b.npz"):
+        data.save_study(tmp_path / name, data.phantoms(60, 3).select(("image", "note")))
+    said = refused(train_selora.main, *TINY, "--out", "r", "--data", "a.npz", "--source", "b.npz")
+    assert "--source b.npz is the --data file" in said
+
+
 def test_the_rules_table_compares_at_equal_parameters(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train_selora.main([*TINY, "--out", "r", "--rules-table", "--every", "2", "--capacity", "4"])
