@@ -10,6 +10,7 @@ The script reads downward. The lesson is `adapt`: zero_grad, forward, loss, back
 import itertools
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from minilora.vit import ViT
 
 LR_GRID = (3e-3, 1e-2, 3e-2)  # every method's learning rate comes from here: one shared rate would favour some of them
 SAVE_EVERY, LOG_EVERY = 200, 50  # steps
+PRESETS = {"small": {}, "base": dict(image_size=64, width=256, depth=6, heads=8, buckets=8192),
+           "large": dict(image_size=384, patch=32, width=768, depth=12, heads=12, buckets=30522, positions=40)}
 
 
 @dataclass
@@ -68,7 +71,11 @@ class Config:
     # SELORA_RUN:COUNT adds COUNT synthetic studies to the training split: a training sample's facts, and an image drawn
     # from its words by that run of train_selora.py, whose training split must lie within this one.
     augment: str = ""
+    # Sizes that are not given: small (the defaults), base (7M parameters) or large (ViLT-B/32's, 112M, for a GPU).
+    preset: str = "small"
     device: str = "auto"  # auto, cpu, cuda or cuda:N.
+    amp: bool = False  # Forward passes of the adaptation in bfloat16; weights and optimizer stay float32.
+    compile: bool = False  # torch.compile the adaptation step.
     resume: bool = False  # Go on with the run in --out, or show it again if it is finished.
     dry_run: bool = False  # Print counts, parameters, memory and an estimate of time, and stop.
 
@@ -127,8 +134,9 @@ def pretrain(cfg, source, vit_config, device, path, stop):
 def adapt(cfg, model, method, seed, lr, task, device, log, last, stop):
     """Train what `attach` left trainable; returns seconds. `task` is what `load_task` makes."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.01, fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(cfg.steps))
+    compiled = torch.compile(model) if cfg.compile else model
     job, start, began = f"{method}-s{seed}-{lr:g}", 0, time.monotonic()
     losses = torch.zeros(cfg.steps, device=device)
     saved = checkpoint.load(last, "resume") if last.exists() else {}
@@ -142,24 +150,29 @@ def adapt(cfg, model, method, seed, lr, task, device, log, last, stop):
         keep(0)  # from here on a killed run knows where its log ends
     rows_of = lambda step: task["train"][rows_at(seed, step, len(task["train"]), cfg.batch)]
     progress = checkpoint.Progress(f"{method} s{seed} lr {lr:g}", cfg.steps, start)
+    half = torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp)
     for step in range(start, cfg.steps):
-        rows = torch.from_numpy(rows_of(step)).to(device)  # indexed by step: a resumed run draws the same
+        # indexed by step: a resumed run draws the same, and several processes each take a part of it
+        rows = torch.from_numpy(checkpoint.own_part(rows_of(step), cfg.batch)).to(device)
         batch, present = {m: x[rows] for m, x in task["inputs"].items()}, task["present"][rows]
         optimizer.zero_grad()
-        # block 0 is a MoRABlock: it adds the sum over the present m of (x . down) . up_m
-        logits = model(batch, present, gates(method, present, task["shuffled"][rows]))
-        loss = diagnosis_loss(logits, task["labels"][rows])
+        with half:  # block 0 is a MoRABlock: it adds the sum over the present m of (x . down) . up_m
+            logits = compiled(batch, present, gates(method, present, task["shuffled"][rows]))
+            loss = diagnosis_loss(logits, task["labels"][rows])
         loss.backward()
+        sent = checkpoint.average([p.grad for p in trainable if p.grad is not None])
         optimizer.step()
         schedule.step()
         losses[step] = loss.detach()
         done = step + 1
         if done % LOG_EVERY == 0 or done == cfg.steps:
             first = max(0, done - LOG_EVERY)
+            checkpoint.average([losses[first:done]])
             mean = float(finite(losses[first:done], first, job, rows_of).mean())
             log.write(method=method, seed=seed, lr=lr, step=done, loss=round(mean, 6))
         if progress.due(done):
-            progress.show(done, f"loss {finite(losses[start:done], start, job, rows_of)[-1]:.3f}")
+            text = f"loss {finite(losses[start:done], start, job, rows_of)[-1]:.3f}"
+            progress.show(done, text + f"  {sent:,} bytes sent" * bool(sent))
         stop.after(done, SAVE_EVERY, keep)
     return time.monotonic() - began
 
@@ -355,6 +368,7 @@ def count(model):
 
 def run_job(cfg, ctx, method, seed, lr, path):
     """Adapt and evaluate one (method, seed, lr), or read its finished file; returns the file's content."""
+    checkpoint.wait()
     if path.exists():
         return checkpoint.load(path, "mora adapter")
     device, study, drawn = ctx["device"], ctx["study"], ctx["drawn"][seed]
@@ -389,9 +403,12 @@ def run_job(cfg, ctx, method, seed, lr, path):
                "scales": {m: [s.tolist() for s in pair] for m, pair in drawn["scales"].items()}}
     timings = checkpoint.read_json(cfg.out / "timings.json", {})
     checkpoint.write_json(cfg.out / "timings.json", timings | {f"{method}-s{seed}-{lr:g}": round(seconds, 3)})
+    checkpoint.wait()  # all have found that the file is not there
     checkpoint.save(path, content)
-    (cfg.out / "last.pt").unlink(missing_ok=True)
-    return content
+    if checkpoint.leader():
+        (cfg.out / "last.pt").unlink(missing_ok=True)
+    checkpoint.wait()
+    return content if checkpoint.leader() else checkpoint.load(path)  # what rank 0 found decides for all
 
 
 def pick_rate(cfg, ctx, method, given):
@@ -621,7 +638,7 @@ def dry_run(cfg, study, vit_config, drawn, device, rates):
 
 def main(argv=None):
     cfg = tyro.cli(Config, args=argv, description=Config.__doc__)
-    checkpoint.guarded(run, cfg)
+    checkpoint.guarded(run, cfg, PRESETS)
 
 
 def run(cfg, stop):
@@ -646,13 +663,14 @@ def run(cfg, stop):
     identity = checkpoint.open_run(cfg)
     base_hash = data.digest({"format": 2, "vit": base_config, "source": data.fingerprint(source), "batch": cfg.batch,
                              "steps": cfg.pretrain_steps})[:16]
-    base = pretrain(cfg, source, base_config, device, Path(f"runs/base/vit-{base_hash}.pt"), stop)
-    for seed, d in drawn.items():
+    path = Path(f"runs/base/vit-{base_hash}.pt")
+    base = checkpoint.first(partial(pretrain, cfg, source, base_config, device, path, stop))
+    for seed, d in drawn.items() if checkpoint.leader() else ():
         arrays = {"modalities": np.array(study.modalities), **d["parts"]}
         arrays |= {f"present {text}": present for text, present in d["tables"].items()}
         arrays |= {f"synthetic {k}": d[k] for k in ("source", "images", "present") if k in d}
         data.write_atomic(cfg.out / f"split-s{seed}.npz", data.npz_bytes(arrays))
-    if study.synthetic and not cfg.data:  # a file for `export.py predict --data`
+    if study.synthetic and not cfg.data and checkpoint.leader():  # a file for `export.py predict --data`
         data.save_study(cfg.out / "phantoms.npz", study)
     ctx = {"device": device, "study": study, "drawn": drawn, "vit": vit_config, "base": base["state"], "stop": stop,
            "log": checkpoint.Log(cfg.out / "log.jsonl")}
@@ -664,6 +682,8 @@ def run(cfg, stop):
             path = cfg.out / f"adapters/{method}-s{seed}.pt"
             results[method].append(run_job(cfg, ctx, method, seed, picked[method][0], path))
 
+    if not checkpoint.leader():
+        return
     method, seed = kept
     seen = np.concatenate([d["tables"][cfg.missing][d["parts"]["train"]] for d in drawn.values()])
     patterns, counts = np.unique(seen, axis=0, return_counts=True)

@@ -14,6 +14,7 @@ import textwrap
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,9 @@ RULES = (*selora.GROWTH, *selora.PLANS, "fixed", "replay")
 REFERENCES = ("unadapted", "full")
 COMPARED = ("fixed", "neyman", "inverse-cost", "gain", "cheapest", "random")  # rows of --rules-table at each budget
 SAVE_EVERY, LOG_EVERY = 100, 20  # steps
+PRESETS = {"small": {}, "base": dict(width=128, text_width=256, text_depth=2, heads=8, vae_width=32, buckets=8192),
+           "large": dict(image_size=64, width=416, text_width=256, text_depth=2, heads=8, vae_width=64, buckets=8192,
+                         positions=32)}
 
 
 @dataclass
@@ -79,7 +83,11 @@ class Config:
     guidance: float = 2.0  # Classifier-free guidance of the samples.
     sample_steps: int = 20  # DDIM steps of the samples.
     sample_every: int = 0  # Draw a sheet of samples every so many steps too; 0: only at the end.
+    # Sizes that are not given: small (the defaults), base (8M parameters) or large (57M, 64x64 images, for a GPU).
+    preset: str = "small"
     device: str = "auto"  # auto, cpu, cuda or cuda:N.
+    amp: bool = False  # Forward passes of the adaptation in bfloat16; weights, optimizer and Fisher stay float32.
+    compile: bool = False  # torch.compile the adaptation step, once: growth does not compile again.
     resume: bool = False  # Go on with the run in --out, or show it again if it is finished.
     dry_run: bool = False  # Print counts, parameters, memory and an estimate of time, and stop.
 
@@ -168,8 +176,10 @@ def adapt(cfg, ctx, model, job, seed):
     rule, budget, log, last = job["rule"], job["budget"], ctx["log"], cfg.out / "last.pt"
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = selora.adapter_groups(model, 0.01) if selora.adapters(model) else trainable
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr / 10 if rule == "full" else cfg.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr / 10 if rule == "full" else cfg.lr, weight_decay=0.01,
+                                  fused=z.is_cuda)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(cfg.steps))
+    compiled = torch.compile(model) if cfg.compile else model
     name, start, began = f"{job['name']} s{seed}", 0, time.monotonic()
     losses, history = torch.zeros(cfg.steps, device=z.device), [[0, ranks_of(model)]]
     saved = checkpoint.load(last, "resume") if last.exists() else {}
@@ -188,16 +198,20 @@ def adapt(cfg, ctx, model, job, seed):
     floor = sum(selora.adapter_cost(layer) * history[0][1][n] for n, layer in selora.adapters(model).items())
     fisher = cfg.fisher if rule in ("ratio", "gain") else ""  # the other rules read no scores
     expected = rule == "gain" or cfg.ratio_of == "expected"
+    half = torch.autocast(z.device.type, torch.bfloat16, enabled=cfg.amp)
     for step in range(start, cfg.steps):
         rows, t, noise, words = drawn_at(seed, step, cfg, z, ids, alphas, train)
         optimizer.zero_grad()
         with selora.FisherProbe(model, expected) if step in probes and fisher == "probe" else nullcontext() as probe:
-            each = diffusion.denoising_loss(model, z[rows], words, t, noise, alphas, per_sample=True)
+            with half:  # a probe's hooks stay outside the compiled graph
+                predict = model if step in probes else compiled
+                each = diffusion.denoising_loss(predict, z[rows], words, t, noise, alphas, per_sample=True)
             scores = selora.fisher_loop(model, each) if step in probes and fisher == "loop" else None
             loss = each.mean()
             loss.backward()  # one backward: gradients and Fisher information
+        sent = checkpoint.average([p.grad for p in trainable if p.grad is not None])
         if step in probes:
-            scores = probe.scores() if probe else scores
+            scores = averaged(probe.scores() if probe else scores)
             share = (probes.index(step) + 1) / len(probes)  # the budget is opened step by step
             allowed = None if rule == "ratio" else round(floor + share * (budget - floor))
             generator = torch.Generator().manual_seed(1000 * seed + step)
@@ -208,13 +222,15 @@ def adapt(cfg, ctx, model, job, seed):
         losses[step], done = loss.detach(), step + 1
         if done % LOG_EVERY == 0 or done == cfg.steps:
             first = max(0, done - LOG_EVERY)
+            checkpoint.average([losses[first:done]])
             mean = float(finite(losses[first:done], first, name, rows_of).mean())
             log.write(method=job["name"], rule=rule, seed=seed, step=done, loss=round(mean, 6),
                       adapter_params=selora.adapter_parameters(model))
         if progress.due(done):
             text = f"loss {finite(losses[start:done], start, name, rows_of)[-1]:.3f}"
-            progress.show(done, f"{text}  adapter parameters {selora.adapter_parameters(model):,}")
-        if cfg.sample_every and done % cfg.sample_every == 0 and done < cfg.steps:
+            text += f"  adapter parameters {selora.adapter_parameters(model):,}" + f"  {sent:,} bytes sent" * bool(sent)
+            progress.show(done, text)
+        if cfg.sample_every and done % cfg.sample_every == 0 and done < cfg.steps and checkpoint.leader():
             sheet(cfg, ctx, model, f"samples/{job['name'].replace(' ', '-')}-s{seed}-step{done:06d}.png")
         ctx["stop"].after(done, SAVE_EVERY, keep)
     return time.monotonic() - began, history
@@ -224,12 +240,25 @@ def adapt(cfg, ctx, model, job, seed):
 
 
 def drawn_at(seed, step, cfg, z, ids, alphas, train):
-    """(rows of `train`, timesteps, noise, words with 10% dropped) of a step, drawn from (seed, step) alone."""
+    """(rows of `train`, timesteps, noise, words with 10% dropped) of a step, drawn from (seed, step) alone; of several
+    processes each takes its part of the same draw.
+    """
     rows = torch.from_numpy(train[rows_at(seed, step, len(train), cfg.batch)]).to(z.device)
     generator = torch.Generator(z.device).manual_seed((seed + 1) * 1_000_003 + step)
     t = torch.randint(0, len(alphas), (cfg.batch,), generator=generator, device=z.device)
-    noise = torch.randn(cfg.batch, *z.shape[1:], generator=generator, device=z.device)
-    return rows, t, noise, diffusion.drop_words(ids[rows], generator)
+    noise = torch.randn(cfg.batch, *z.shape[1:], generator=generator, device=z.device, dtype=z.dtype)
+    words = diffusion.drop_words(ids[rows], generator)
+    return [checkpoint.own_part(x, cfg.batch) for x in (rows, t, noise, words)]
+
+
+def averaged(scores):
+    """The scores {layer: Score} over the samples of all processes, equal in each of them."""
+    if not scores or checkpoint.world()[1] == 1:
+        return scores
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sums = torch.tensor([score[:3] for score in scores.values()], dtype=torch.float64, device=device)
+    checkpoint.average([sums])
+    return {name: selora.Score(*row, selora.ratio(*row[:2])) for name, row in zip(scores, sums.tolist())}
 
 
 def probe_steps(cfg, rule, rank):
@@ -247,18 +276,23 @@ def ranks_of(model):
 
 @torch.no_grad()
 def heldout_loss(model, ctx, rows, draws=8):
-    """Mean denoising loss over the rows with fixed timesteps (stratified) and noise: differences are the model's."""
-    z, ids, alphas, total = ctx["z"], ctx["ids"], ctx["alphas"], 0.0
+    """Mean denoising loss over the rows with fixed timesteps (stratified) and noise: differences are the model's. Of
+    several processes each takes a part of the rows.
+    """
+    z, ids, alphas, total = ctx["z"], ctx["ids"], ctx["alphas"], torch.zeros(1, dtype=torch.float64)
+    rank, processes = checkpoint.world()
     rows = torch.from_numpy(rows).to(z.device)
     for k in range(draws):
         generator = torch.Generator().manual_seed(10_000 + k)
         t = (torch.arange(len(rows)) + torch.rand(len(rows), generator=generator)) / len(rows) * len(alphas)
         t = t[torch.randperm(len(rows), generator=generator)].long().to(z.device)
         noise = torch.randn(len(rows), *z.shape[1:], generator=generator).to(z.device)
-        for part in torch.arange(len(rows), device=z.device).split(256):
+        for part in torch.arange(rank, len(rows), processes, device=z.device).split(256):
             r = rows[part]
             total += diffusion.denoising_loss(model, z[r], ids[r], t[part], noise[part], alphas, True).sum().item()
-    return total / draws / len(rows)
+    total = total.to(z.device)
+    checkpoint.average([total])
+    return total.item() * processes / draws / len(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------- a job
@@ -303,6 +337,7 @@ def neyman_gradients(model, cfg, seed, ctx):
 def run_job(cfg, ctx, job, seed):
     """Adapt and evaluate one job at one seed, or read its finished file; returns the file's content."""
     path = cfg.out / f"adapters/{job['name'].replace(' ', '-')}-s{seed}.pt"
+    checkpoint.wait()
     if path.exists():
         content = checkpoint.load(path, "selora adapter")
         if content["base_hash"] != ctx["base_hash"]:
@@ -329,16 +364,19 @@ def run_job(cfg, ctx, job, seed):
                "adapter_params": selora.adapter_parameters(model), "base_hash": ctx["base_hash"]}
     timings = checkpoint.read_json(cfg.out / "timings.json", {})
     checkpoint.write_json(cfg.out / "timings.json", timings | {f"{job['name']}-s{seed}": round(seconds, 3)})
+    checkpoint.wait()  # all have found that the file is not there
     checkpoint.save(path, content)
-    (cfg.out / "last.pt").unlink(missing_ok=True)
-    return content
+    if checkpoint.leader():
+        (cfg.out / "last.pt").unlink(missing_ok=True)
+    checkpoint.wait()
+    return content if checkpoint.leader() else checkpoint.load(path)  # what rank 0 found decides for all
 
 
 def base_model(ctx):
-    """A fresh copy of the pretrained denoiser, on the device."""
+    """A fresh copy of the pretrained denoiser, on the device, in the memory format that convolutions like there."""
     model = Denoiser(**ctx["config"])
     model.load_state_dict(ctx["base"])
-    return model.to(ctx["z"].device)
+    return model.to(ctx["z"].device, memory_format=torch.channels_last if ctx["z"].is_cuda else torch.preserve_format)
 
 
 # ------------------------------------------------------------------------------------------------------------ the judge
@@ -685,7 +723,7 @@ def dry_run(cfg, config, cost, jobs, device):
 
 def main(argv=None):
     cfg = tyro.cli(Config, args=argv, description=Config.__doc__)
-    checkpoint.guarded(run, cfg)
+    checkpoint.guarded(run, cfg, PRESETS)
 
 
 def prepare(cfg, config, source, target, device, stop):
@@ -696,7 +734,8 @@ def prepare(cfg, config, source, target, device, stop):
     words = {k: torch.from_numpy(data.tokenize(s.notes, cfg.buckets, cfg.positions)).to(device)
              for k, s in (("source", source), ("target", target))}
     fixed = [data.fingerprint(source), channels, cfg.image_size, cfg.latent, cfg.factor, cfg.vae_width, cfg.vae_steps]
-    vae = train_vae(cfg, images["source"], device, Path(f"runs/base/vae-{data.digest(fixed)[:16]}.pt"), stop)
+    path = Path(f"runs/base/vae-{data.digest(fixed)[:16]}.pt")
+    vae = checkpoint.first(partial(train_vae, cfg, images["source"], device, path, stop))
     z = {k: latents(vae, x) for k, x in images.items()}
     for k, x in images.items():
         error = torch.cat([vae.decode(part) for part in z[k].split(256)]).sub(x).square().mean().item()
@@ -704,7 +743,7 @@ def prepare(cfg, config, source, target, device, stop):
     alphas = diffusion.alphas_cumprod(kind=cfg.schedule, device=device)
     base_hash = data.digest([*fixed, config, cfg.schedule, cfg.pretrain_steps, cfg.batch])[:16]
     path = Path(f"runs/base/unet-{base_hash}.pt")
-    base = pretrain(cfg, config, z["source"], words["source"], alphas, device, path, stop)
+    base = checkpoint.first(partial(pretrain, cfg, config, z["source"], words["source"], alphas, device, path, stop))
     return {"config": config, "base": base, "base_hash": base_hash, "vae": vae, "z": z["target"],
             "ids": words["target"], "alphas": alphas}
 
@@ -739,7 +778,7 @@ def run(cfg, stop):
         return dry_run(cfg, config, cost, jobs, device)
 
     identity = checkpoint.open_run(cfg)
-    for seed, rows in parts.items():
+    for seed, rows in parts.items() if checkpoint.leader() else ():
         data.write_atomic(cfg.out / f"split-s{seed}.npz", data.npz_bytes(rows))
     ctx = prepare(cfg, config, source, target, device, stop) | {
         "target": target, "parts": parts, "replay": replay, "judge": {}, "stop": stop,
@@ -752,6 +791,8 @@ def run(cfg, stop):
         for job in jobs:
             results[job["name"]].append(run_job(cfg, ctx, job, seed))
 
+    if not checkpoint.leader():
+        return
     kept, vae = next(job["name"] for job in jobs if job["rule"] not in REFERENCES), ctx["vae"]
     checkpoint.save(cfg.out / "model.pt", {
         "format": 1, "kind": "selora", "config": config, "base": ctx["base"], "base_hash": ctx["base_hash"],

@@ -1,4 +1,5 @@
-"""Run folders and what every training loop shares: atomic save, checked load, log, progress, stopping without loss.
+"""Run folders and what every training loop shares: atomic save, checked load, log, progress, stopping without loss,
+several processes.
 
 Plumbing that both training scripts share; skip it when you read for the method.
 """
@@ -6,15 +7,19 @@ Plumbing that both training scripts share; skip it when you read for the method.
 import io
 import json
 import math
+import os
 import signal
 import sys
 import time
 import zipfile
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from minilora.data import Refused, one_line_errors, sha256, write_atomic
 
@@ -34,9 +39,10 @@ def save(path, content):
     """Write tensors and plain values atomically. Equal content gives equal bytes (torch.save to a path would store the
     file's name).
     """
-    buffer = io.BytesIO()
-    torch.save(_canonical(content), buffer)
-    write_atomic(path, buffer.getvalue())
+    if leader():
+        buffer = io.BytesIO()
+        torch.save(_canonical(content), buffer)
+        write_atomic(path, buffer.getvalue())
 
 
 def load(path, kind=None):
@@ -73,7 +79,8 @@ def write_json(path, value):
             return [clean(x) for x in v]
         return None if isinstance(v, float) and not math.isfinite(v) else v
 
-    write_atomic(path, json.dumps(clean(value), indent=1, allow_nan=False) + "\n")
+    if leader():
+        write_atomic(path, json.dumps(clean(value), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path, default=None):
@@ -97,6 +104,7 @@ def open_run(cfg):
     identity = json.loads(json.dumps(identity, default=str))
     path = cfg.out / "config.json"
     there = read_json(path)
+    wait()  # before rank 0 writes what the others would find
     if there is not None and there != identity:
         keys = [k for k in {**identity, **there} if identity.get(k) != there.get(k)]
         differs = ", ".join(f"{k} {there.get(k)} there, {identity.get(k)} here" for k in keys[:3])
@@ -108,12 +116,20 @@ def open_run(cfg):
     return identity
 
 
-def guarded(run, cfg):
+def with_preset(cfg, presets):
+    """The configuration with its preset's sizes where the command line left the default."""
+    if cfg.preset not in presets:
+        raise Refused(f"--preset '{cfg.preset}' is not known; use {', '.join(presets)}")
+    default = type(cfg)()
+    return replace(cfg, **{k: v for k, v in presets[cfg.preset].items() if getattr(cfg, k) == getattr(default, k)})
+
+
+def guarded(run, cfg, presets):
     """Call run(cfg, stop): bad input ends in one line and code 2, an interrupt in a saved state and how to go on."""
     with one_line_errors():
         try:
-            with Stopper() as stop:
-                run(cfg, stop)
+            with Stopper() as stop, processes():
+                run(with_preset(cfg, presets), stop)
         except Stopped as stopped:
             print(f"\nstopped; everything is saved. Go on with the same command and --resume (run folder {cfg.out})")
             raise SystemExit(stopped.code) from None
@@ -121,6 +137,8 @@ def guarded(run, cfg):
 
 def pick_device(name):
     """'auto', 'cpu', 'cuda' or 'cuda:N' -> torch.device; `Refused` where it is not there."""
+    if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
@@ -145,12 +163,14 @@ class Log:
         return self.path.stat().st_size
 
     def cut(self, size):
-        with open(self.path, "r+b") as f:
-            f.truncate(min(size, self.size))
+        if leader():
+            with open(self.path, "r+b") as f:
+                f.truncate(min(size, self.size))
 
     def write(self, **entry):
-        with open(self.path, "a") as f:
-            f.write(json.dumps(entry) + "\n")
+        if leader():
+            with open(self.path, "a") as f:
+                f.write(json.dumps(entry) + "\n")
 
 
 class Progress:
@@ -197,6 +217,8 @@ class Stopper:
             raise Stopped(self.code)
 
     def ask(self, number, frame):
+        if not leader():  # rank 0 saves and ends; torchrun then ends the others
+            return
         if self.code:
             raise KeyboardInterrupt
         self.code = 128 + number
@@ -204,6 +226,72 @@ class Stopper:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+# ---- several processes: torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; without it there is one, and all this is idle
+
+
+def leader():
+    """Whether this process writes, logs and saves: rank 0, or the only one."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+@contextmanager
+def processes():
+    """Join torchrun's processes, by NCCL on GPUs, by gloo on CPUs. Those that are not rank 0 print nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # the others wait for as long as rank 0 pretrains
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
+    try:
+        with open(os.devnull, "w") as nowhere, nullcontext() if leader() else redirect_stdout(nowhere):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def world():
+    """(rank, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wait():
+    """Until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def first(make):
+    """make() in rank 0, then, when its file is there, in the others: for a pretraining that is cached."""
+    made = make() if leader() else None
+    wait()
+    return make() if made is None else made
+
+
+def own_part(rows, batch):
+    """This process's part of a batch, which --batch counts over all processes: every n-th, from its rank on."""
+    rank, n = world()
+    if batch % n:
+        raise Refused(f"--batch {batch} cannot be divided among {n} processes")
+    return rows[rank::n]
+
+
+@torch.no_grad()
+def average(tensors):
+    """Replace each tensor by its mean over the processes, in one all-reduce; returns the bytes that went through it."""
+    if not dist.is_initialized():
+        return 0
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    for t, mean in zip(tensors, (flat / dist.get_world_size()).split([t.numel() for t in tensors])):
+        t.copy_(mean.view_as(t))
+    return flat.numel() * flat.element_size()
+
+
+# ---- small parts of a loop
 
 
 def warm_cosine(steps):

@@ -1,0 +1,131 @@
+"""Two processes under torchrun do what one does with the whole batch, in both scripts; bfloat16 and compiled steps run."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from test_train_selora import TINY as TINY_SELORA
+
+import train_mora
+import train_selora
+from minilora import checkpoint, selora
+
+WORKER = """
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+import train_selora
+from minilora import checkpoint, diffusion, selora
+from minilora.unet import Denoiser
+
+torch.set_num_threads(1)
+out = Path(sys.argv[1])
+cfg = train_selora.Config(out=out, steps=5, every=2, batch=8, lam=1.2, lr=0.02)
+with checkpoint.processes(), checkpoint.Stopper() as stop:
+    torch.manual_seed(0)
+    model = Denoiser(width=8, text_width=8, text_depth=1, heads=2, buckets=64, positions=6).double()
+    torch.nn.init.normal_(model.unet.last.weight, std=0.1)
+    selora.inject(model)
+    ctx = {"z": torch.randn(40, 4, 8, 8).double(), "ids": torch.randint(3, 64, (40, 6)), "alphas": diffusion.alphas_cumprod(),
+           "parts": {0: {"train": np.arange(40)}}, "log": checkpoint.Log(out / "log.jsonl"), "stop": stop}
+    _, history = train_selora.adapt(cfg, ctx, model, {"name": "ratio", "rule": "ratio", "budget": 0, "rank": 1}, 0)
+    heldout = train_selora.heldout_loss(model, ctx, np.arange(21))
+    torch.save({"state": model.state_dict(), "history": history, "heldout": heldout}, out / f"rank{checkpoint.world()[0]}.pt")
+"""
+
+
+def launch(n, *argv, cwd):
+    """Run a script in n processes of torchrun, or alone; returns stdout."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *torchrun, *map(str, argv)], env=env, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_processes_grow_and_train_as_one_with_the_whole_batch(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    for n in (1, 2):
+        (tmp_path / str(n)).mkdir()
+        launch(n, "worker.py", str(n), cwd=tmp_path)
+    one, *two = (torch.load(tmp_path / name) for name in ("1/rank0.pt", "2/rank0.pt", "2/rank1.pt"))
+    assert len(one["history"]) == 3 and len(set(one["history"][-1][1].values())) > 1  # grew twice, not everywhere alike
+    for each in two:
+        assert each["history"] == one["history"] and each["heldout"] == pytest.approx(one["heldout"], rel=1e-9)
+        for name, value in one["state"].items():
+            assert torch.allclose(each["state"][name], value, rtol=1e-9, atol=1e-9), name  # (some gradients are 0 but for rounding)
+    assert all(torch.equal(two[0]["state"][k], v) for k, v in two[1]["state"].items())  # bit for bit among themselves
+
+
+@pytest.mark.parametrize("script,argv", [("train_selora.py", TINY_SELORA), ("train_mora.py", [*TINY, "--methods", "head", "mora"])])
+def test_both_scripts_run_under_torchrun_and_rank_0_writes(tmp_path, script, argv):
+    reports = []
+    for n in (1, 2):
+        said = launch(n, ROOT / script, *argv, "--out", f"r{n}", cwd=tmp_path)
+        assert said.count("run folder: ") == 1 and ("bytes sent" in said) == (n == 2)
+        reports.append(json.loads((tmp_path / f"r{n}/metrics.json").read_text())["methods"])
+        assert sorted(p.name for p in (tmp_path / f"r{n}").iterdir()) == sorted(p.name for p in (tmp_path / "r1").iterdir())
+    for name, one in reports[0].items():
+        key = "heldout_loss" if "heldout_loss" in one else "macro_f1"
+        assert reports[1][name][key] == pytest.approx(one[key], rel=1e-3)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):
+    monkeypatch.setattr(checkpoint, "world", lambda: (1, 3))
+    assert checkpoint.own_part(torch.arange(6), 6).tolist() == [1, 4]
+    with pytest.raises(checkpoint.Refused, match="--batch 8 cannot be divided among 3 processes"):
+        checkpoint.own_part(torch.arange(8), 8)
+
+
+def test_bfloat16_and_compiled_steps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    compiler = torch.compile  # the graph is captured as ever; generating its kernels would take minutes
+    monkeypatch.setattr(torch, "compile", lambda model: compiler(model, backend="eager"))
+    for name, flags in (("plain", []), ("amp", ["--amp"]), ("compiled", ["--compile"])):
+        train_selora.main([*TINY_SELORA, "--out", name, "--lam", "1.05", *flags])
+    loss, ranks = {}, {}
+    for name in ("plain", "amp", "compiled"):
+        method = json.loads((tmp_path / name / "metrics.json").read_text())["methods"]["ratio"]
+        loss[name], ranks[name] = method["heldout_loss"][0], method["ranks"][0]
+    assert loss["amp"] != loss["plain"] == pytest.approx(loss["amp"], rel=0.02)
+    assert loss["compiled"] == pytest.approx(loss["plain"], rel=1e-4) and ranks["compiled"] == ranks["plain"]
+    state = checkpoint.load(tmp_path / "amp/adapters/ratio-s0.pt")["state"]
+    assert all(v[p].dtype == torch.float32 for v in state.values() for p in "AB")
+    for name, flags in (("a", []), ("b", ["--amp"])):
+        train_mora.main([*TINY, "--methods", "head", "mora", "--out", name, *flags])
+    a, b = (checkpoint.load(tmp_path / name / "adapters/mora-s0.pt")["state"]["blocks.0.mora.down"] for name in "ab")
+    assert not torch.equal(a, b) and torch.allclose(a, b, atol=0.05)
+
+
+def test_growth_does_not_compile_again():
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(4 * 16, 5))
+    selora.inject(model)
+    counter = CompileCounter()
+    compiled, x = torch.compile(model, backend=counter), torch.randn(2, 3, 4, 4)
+    for layer in selora.adapters(model).values():
+        torch.nn.init.normal_(layer.B)
+    for _ in range(7):
+        y = compiled(x)
+        y.sum().backward()
+        assert torch.allclose(y, model(x), atol=1e-5)  # the new rank counts in the graph that is there
+        selora.grow(model, None, "cheapest", budget=10**6)
+    assert counter.frame_count == 1 and all(layer.rank == 8 for layer in selora.adapters(model).values())
+
+
+def test_presets_fill_in_sizes_that_are_not_given(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = checkpoint.with_preset(train_selora.Config(preset="large", width=64), train_selora.PRESETS)
+    assert cfg.width == 64 and cfg.image_size == 64 and train_selora.check(cfg)["size"] == 16
+    cfg = checkpoint.with_preset(train_mora.Config(preset="large"), train_mora.PRESETS)
+    assert (cfg.width, cfg.depth, cfg.patch, cfg.image_size) == (768, 12, 32, 384)
+    with pytest.raises(SystemExit):
+        train_mora.main(["--preset", "huge"])
+    assert capsys.readouterr().err == "error: --preset 'huge' is not known; use small, base, large\n"
