@@ -43,6 +43,7 @@ test: install
 	$(PY) -m pytest
 
 bench: install
+	.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(PY) tests/bench/speed.py
 
 clean:

@@ -260,7 +260,7 @@ def sampler_model(parts, alphas, config, vae_config, swapped):
 
     `parts` are the traced prompt encoder, noise predictor, guided DDIM step and decoder. The steps are an ONNX Loop;
     its body holds the UNet's weights, so that the CPU kernels fuse as in a plain graph. `swapped` {name: A or B} become
-    inputs with a default of rank 0, which is the base."""
+    inputs whose default, one rank of zeros, is the base (onnxruntime's Gemm refuses rank 0 itself)."""
     from onnx import TensorProto, helper, numpy_helper
 
     real, whole = TensorProto.FLOAT, TensorProto.INT64
@@ -291,7 +291,7 @@ def sampler_model(parts, alphas, config, vae_config, swapped):
         symbolic = list(example.shape)
         symbolic[rank_axis(name, example)] = f"rank {name[:-2]}"
         inputs.append(value(name, real, symbolic))
-        weights.append(number(name, np.zeros([0 if isinstance(n, str) else n for n in symbolic], np.float32)))
+        weights.append(number(name, np.zeros([1 if isinstance(n, str) else n for n in symbolic], np.float32)))
     size, channels = vae_config["image_size"], vae_config["channels"]
     images = [value("images", real, ["batch", channels, size, size])]
     graph = helper.make_graph(outer, "sampler", inputs, images, weights)
@@ -484,7 +484,11 @@ def add_adapter(folder, name, manifest, model, vae, alphas, config, saved):
             manifest |= {"graphs": {"sampler": "sampler.onnx"}, "adapters": {"base": None}, "ranks": {}}
         arrays = {}
         for n, state in selora.adapter_state(model).items():
-            arrays |= {f"{n}.A": state["A"].numpy(), f"{n}.B": (state["scale"] * state["B"]).numpy()}
+            A, B = state["A"], state["scale"] * state["B"]
+            if not len(B):  # a layer of rank 0
+                shape = [size or 1 for size in A.shape]
+                A, B = torch.zeros(shape), torch.zeros(1, B.shape[1])
+            arrays |= {f"{n}.A": A.numpy(), f"{n}.B": B.numpy()}
         file = onnxruntime.AdapterFormat()
         file.set_adapter_version(1)
         file.set_model_version(1)

@@ -83,7 +83,10 @@ class LoRALinear(LoRALayer):
     kind, axis = nn.Linear, 1
 
     def forward(self, x):
-        return self.base(x) + self.scale * (x @ self.A) @ (self.active * self.B)
+        y, h = self.base(x), x @ self.A
+        rows, h = y.reshape(-1, self.d_out), h.reshape(-1, h.shape[-1])
+        # addmm: the sum rides on the product, without a pass over y of its own
+        return torch.addmm(rows, h, self.active * self.B, alpha=self.scale).view_as(y)
 
     def delta(self):
         """The change of the base's weight, [d_out,d_in]."""
@@ -103,7 +106,9 @@ class LoRAConv2d(LoRALayer):
         return F.conv2d(x, A, None, self.base.stride, self.base.padding, self.base.dilation)
 
     def forward(self, x):
-        return self.base(x) + F.conv2d(self.scale * self.down(x, self.A), (self.active * self.B).T[:, :, None, None])
+        y, h = self.base(x), self.down(x, self.A).flatten(2)  # [N,c_out,H',W'], [N,C,H'W']
+        up = (self.active * self.B).T.expand(x.shape[0], -1, -1)  # the 1x1 convolution
+        return torch.baddbmm(y.flatten(2), up, h, alpha=self.scale).view_as(y)
 
     def delta(self):
         """The change of the base's weight, [c_out,c_in,k,k]."""

@@ -1,8 +1,10 @@
-"""Speed as ratios: each pair is interleaved in one process, after a warm-up; the median of 30 rounds.
+"""Speed as ratios: each pair is interleaved in one process, after a warm-up; the median of 30 rounds (slow peers 8).
 
     make bench        # prints one table, writes runs/bench/speed.json
 
-Always ours over the other, so smaller is faster. The sizes are those of the paper's ViLT-B/32 and of this project's default.
+Always ours over the other, so smaller is faster; wall time, and CPU time beside it. Where both are torch, the floor is
+printed too: arithmetic (as torch counts it: matrix products and convolutions) and bytes that operators read and write,
+ours over the other. The sizes are those of the paper's ViLT-B/32 and of this project's defaults.
 """
 
 import copy
@@ -10,12 +12,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import export
@@ -30,31 +36,60 @@ from minilora.vit import ViT
 ROOT, ROUNDS, WARM = Path(__file__).parents[2], 30, 3
 
 
-def compare(ours, peer, rounds=None):
-    """(median ms of ours, of the peer), measured in turn: the machine's drift hits both."""
-    times = ([], [])
+def compare(ours, peer, rounds=None, floor=False):
+    """Median ms of ours and of the peer, measured in turn: the machine's drift hits both. With `floor`, the ratios of
+    arithmetic and of bytes moved."""
+    wall, cpu = ([], []), ([], [])
     for i in range(WARM + (rounds or ROUNDS)):
-        for call, kept in zip((ours, peer), times):
-            began = time.perf_counter()
+        for call, walls, cpus in zip((ours, peer), wall, cpu):
+            began, busy = time.perf_counter(), time.process_time()
             call()
             if i >= WARM:
-                kept.append((time.perf_counter() - began) * 1e3)
-    return tuple(float(np.median(t)) for t in times)
+                walls.append((time.perf_counter() - began) * 1e3)
+                cpus.append((time.process_time() - busy) * 1e3)
+    found = {"ours_ms": float(np.median(wall[0])), "peer_ms": float(np.median(wall[1])),
+             "cpu_ratio": float(np.median(cpu[0]) / max(np.median(cpu[1]), 1e-9))}
+    if floor:
+        (flops, moved), (other_flops, other_moved) = work(ours), work(peer)
+        found |= {"arithmetic": flops / other_flops, "bytes": moved / other_moved}
+    return found
 
 
-def mora_vs_sample_loop(B, T, D, r):
+class Traffic(TorchDispatchMode):
+    """Adds up the bytes of all tensors that operators take and give."""
+
+    moved = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, result)):
+            self.moved += x.numel() * x.element_size() if isinstance(x, torch.Tensor) else 0
+        return result
+
+
+def work(call):
+    """(arithmetic, bytes moved) of a call."""
+    with FlopCounterMode(display=False) as flops:
+        call()
+    with Traffic() as traffic:
+        call()
+    return flops.get_total_flops(), traffic.moved
+
+
+def mora_vs_sample_loop(B, T, D, r, M=2, rounds=None):
     """Forward and backward of the branch against a loop over samples."""
     torch.manual_seed(0)
-    mora, x = MoRA(D, 2, r), torch.randn(B, T, D, requires_grad=True)
+    mora, x = MoRA(D, M, r), torch.randn(B, T, D, requires_grad=True)
     torch.nn.init.normal_(mora.up)
-    present = torch.tensor([[1.0, 1], [1, 0], [0, 1]])[torch.arange(B) % 3]
-    where = [[m for m in range(2) if row[m]] for row in present]
+    present = (torch.rand(B, M) < 0.6).float()
+    present[torch.arange(B), torch.arange(B) % M] = 1
+    where = [[m for m in range(M) if row[m]] for row in present]
 
     def loop():
         rows = [sum((x[b] @ mora.down) @ mora.up[m] for m in where[b]) for b in range(B)]
         torch.stack(rows).sum().backward()
 
-    return compare(lambda: mora(x, present).sum().backward(), loop)
+    return compare(lambda: mora(x, present).sum().backward(), loop, rounds, floor=True)
 
 
 def mora_step_overhead():
@@ -78,7 +113,7 @@ def mora_step_overhead():
 
         return step
 
-    return compare(step_of("mora"), step_of("head"))
+    return compare(step_of("mora"), step_of("head"), floor=True)
 
 
 def denoising(batch=32):
@@ -98,7 +133,7 @@ def in_peft(model, rank):
     return peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), model)
 
 
-def probe_steps(batch):
+def probe_steps(batch, names=None, rounds=None):
     """A training step of the default denoiser with the Fisher probe, and what else gives per-sample Fisher information,
     each against the plain step: {name: compare(...)}."""
     make, (z, ids, t, noise, alphas) = denoising(batch)
@@ -130,7 +165,10 @@ def probe_steps(batch):
               "shadow_pass": partial(step, lambda: losses().mean().backward()),
               "vmap": partial(step, lambda: per_sample(train, noisy, t, ids, noise)),
               "sample_loop": partial(step, lambda: selora.fisher_loop(model, losses()))}
-    found = {name: compare(call, step, 8 if name in ("vmap", "sample_loop") else ROUNDS) for name, call in others.items()}
+    found = {name: compare(call, step, rounds or (8 if name in ("vmap", "sample_loop") else ROUNDS), name.startswith("probe"))
+             for name, call in others.items() if names is None or name in names}
+    if names:
+        return found
     try:  # Opacus knows modules, not bare parameters: PEFT's layers, against PEFT's own step
         from opacus import GradSampleModule
     except ImportError:
@@ -167,7 +205,7 @@ def lora_steps(rank=4):
         model = make()
         selora.inject(model, None, rank, capacity)
         found[f"lora_step_vs_peft, rank {rank} of capacity {capacity}"] = compare(
-            step_of(model, selora.adapter_groups(model, 0.01)), peer)
+            step_of(model, selora.adapter_groups(model, 0.01)), peer, floor=True)
     models = iter([make() for _ in range(2 * (WARM + ROUNDS))])
     found["inject_vs_peft"] = compare(lambda: selora.inject(next(models), None, rank, rank), lambda: in_peft(next(models), rank))
     return found
@@ -220,13 +258,58 @@ def growth_compile(growths=6):
 
 def import_times():
     """Seconds of `import minilora.selora` and `import peft`, each in a process of its own; medians of 3, in turn."""
-    times = ([], [])
-    for _ in range(3):
-        for module, kept in zip(("minilora.selora", "peft"), times):
+    start = lambda module: subprocess.run([sys.executable, "-c", f"import {module}"], check=True, cwd=ROOT)
+    return compare(partial(start, "minilora.selora"), partial(start, "peft"), 3)
+
+
+def first_seconds(folder):
+    """Seconds from command to the first training step of each script, with everything cached, and to the first
+    prediction of an exported folder."""
+    found, command = {}, lambda *argv: [sys.executable, *map(str, argv)]
+    for script, sizes in (("train_mora.py", ["--methods", "head"]), ("train_selora.py", ["--vae-steps", 2])):
+        argv = command(ROOT / script, "--seeds", 1, "--phantoms", 400, "--pretrain-steps", 2, "--steps", 1, *sizes)
+        for turn in ("first", "again"):  # the second finds the base in its cache
             began = time.perf_counter()
-            subprocess.run([sys.executable, "-c", f"import {module}"], check=True, cwd=ROOT)
-            kept.append((time.perf_counter() - began) * 1e3)
-    return tuple(float(np.median(t)) for t in times)
+            with subprocess.Popen([*argv, "--out", turn + script], cwd=folder, stdout=subprocess.PIPE, text=True) as run:
+                for line in run.stdout:
+                    if " s0 " in line and "step 1/1" in line:
+                        found[script] = time.perf_counter() - began
+                        break
+                run.communicate()
+    began = time.perf_counter()
+    subprocess.run(command("-m", "minilora.serve", "predict", folder / "onnx", "--note", "fever"), check=True, cwd=ROOT,
+                   stdout=subprocess.DEVNULL)
+    return found | {"serve predict": time.perf_counter() - began}
+
+
+def curves():
+    """{name: [(x, value), ...]}: what drives the cost. Ratios to the sample loop and to the plain step, or ms a step."""
+    make, batch = denoising()
+
+    def step_of(model, inputs):
+        def step():
+            model.zero_grad()
+            diffusion.denoising_loss(model, *inputs).backward()
+
+        return step
+
+    def adapted(inputs, targets=None, capacity=8):
+        model = make()
+        names = selora.inject(model, targets, 1, capacity)
+        return step_of(model, inputs), len(names)
+
+    modalities = [(M, mora_vs_sample_loop(32, 29, 64, 4, M, 10)) for M in (1, 2, 4, 8)]
+    found = {"mora over the sample loop, by modalities": [(M, t["ours_ms"] / t["peer_ms"]) for M, t in modalities]}
+    whole = adapted(batch)[0]
+    layers = [adapted(batch, targets) for targets in ("text.*(query|out|mlp.*|key_value)", ".*(query|key_value|out)", ".*to_.*|.*mlp.*", None)]
+    found["step of some layers over that of all 50, by layers"] = [
+        (n, (lambda t: t["ours_ms"] / t["peer_ms"])(compare(step, whole, 10))) for step, n in layers]
+    ones = adapted(batch, None, 1)[0]
+    found["step over that of capacity 1, by capacity"] = [
+        (C, (lambda t: t["ours_ms"] / t["peer_ms"])(compare(adapted(batch, None, C)[0], ones, 10))) for C in (1, 2, 4, 8, 16, 32)]
+    found["probe over plain step, by batch"] = [
+        (B, (lambda t: t["ours_ms"] / t["peer_ms"])(probe_steps(B, ("probe_step",), 10)["probe_step"])) for B in (4, 16, 64)]
+    return found
 
 
 def synthesis(folder):
@@ -289,10 +372,14 @@ def main():
     results = {}
 
     def add(name, times):
-        results[name] = {"ratio": times[0] / times[1], "ours_ms": times[0], "peer_ms": times[1], "device": "cpu"}
-        print(f"{name:44s} {times[0]:9.3f} ms {times[1]:9.3f} ms  ratio {times[0] / times[1]:.3f}", flush=True)
+        ours, peer = times["ours_ms"], times["peer_ms"]
+        results[name] = {"ratio": ours / peer, **times, "device": "cpu"}
+        floor = f"   arithmetic {times['arithmetic']:.3f}, bytes {times['bytes']:.3f}" if "arithmetic" in times else ""
+        cpu = f" (CPU {times['cpu_ratio']:.3f})" if "cpu_ratio" in times else ""
+        print(f"{name:44s} {ours:9.3f} ms {peer:9.3f} ms  ratio {ours / peer:.3f}{cpu}{floor}", flush=True)
 
     print(f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {torch.get_num_threads()} threads; ours, other, ours/other")
+    warnings.filterwarnings("ignore", "Full backward hook")  # Opacus's
     add("mora_vs_sample_loop (64,145,768,4)", mora_vs_sample_loop(64, 145, 768, 4))
     add("mora_vs_sample_loop (32,29,64,4)", mora_vs_sample_loop(32, 29, 64, 4))
     add("mora_step_overhead", mora_step_overhead())
@@ -303,7 +390,7 @@ def main():
     probes = len(train_selora.probe_steps(cfg, "ratio", cfg.rank))
     plain, probed = results["probe_step, batch 32"]["peer_ms"], results["probe_step, batch 32"]["ours_ms"]
     add(f"default schedule, {probes} probes in {cfg.steps} steps",
-        (plain * cfg.steps + probes * (probed - plain), plain * cfg.steps))
+        {"ours_ms": plain * cfg.steps + probes * (probed - plain), "peer_ms": plain * cfg.steps})
     try:
         for name, times in lora_steps().items():
             add(name, times)
@@ -329,6 +416,15 @@ def main():
             size = f"{(32 // patch) ** 2} patches, batch {B}"
             add(f"text_only_vs_complete, {size}", compare(words, whole))
             add(f"ort_vs_eager, image+note, {size}", compare(whole, eager))
+        if patch == 8:
+            with tempfile.TemporaryDirectory() as folder:
+                exported(Path(folder))
+                seconds = first_seconds(Path(folder))
+            results["first_seconds"] = seconds
+            print("seconds from command to first step or prediction: " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
+    results["curves"] = curves()
+    for name, points in results["curves"].items():
+        print(f"{name}: " + ", ".join(f"{x}: {y:.2f}" for x, y in points))
     checkpoint.write_json("runs/bench/speed.json", results)
     print("runs/bench/speed.json")
 
