@@ -62,7 +62,7 @@ def test_two_processes_grow_and_train_as_one_with_the_whole_batch(tmp_path):
     assert all(torch.equal(two[0]["state"][k], v) for k, v in two[1]["state"].items())  # bit for bit among themselves
 
 
-@pytest.mark.parametrize("script,argv", [("train_selora.py", TINY_SELORA), ("train_mora.py", [*TINY, "--methods", "head", "mora"])])
+@pytest.mark.parametrize("script,argv", [("train_selora.py", [*TINY_SELORA, "--steps", "6"]), ("train_mora.py", [*TINY, "--methods", "head", "mora"])])
 def test_both_scripts_run_under_torchrun_and_rank_0_writes(tmp_path, script, argv):
     reports = []
     for n in (1, 2):
@@ -84,6 +84,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):
 
 def test_bfloat16_and_compiled_steps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_selora, "pyplot", lambda: None)
     compiler = torch.compile  # the graph is captured as ever; generating its kernels would take minutes
     monkeypatch.setattr(torch, "compile", lambda model: compiler(model, backend="eager"))
     for name, flags in (("plain", []), ("amp", ["--amp"]), ("compiled", ["--compile"])):

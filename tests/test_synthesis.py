@@ -29,8 +29,9 @@ NOTES = ["coin lesion sinistral, pyrexia", "", "unremarkable, asymptomatic, none
 def drawn(tmp_path_factory):
     """Runs `neyman` (ranks 0 to 8, mixed), `uniform` and `ones` of one base, exported merged and into one hot-swap folder."""
     folder = tmp_path_factory.mktemp("drawn")
-    before = os.getcwd()
+    before, pyplot = os.getcwd(), train_selora.pyplot
     os.chdir(folder)
+    train_selora.pyplot = lambda: None  # pictures take longer than these trainings
     try:
         for name, rule, rank in (("neyman", "neyman", "1"), ("uniform", "fixed", "3"), ("ones", "fixed", "1")):
             train_selora.main([*TINY, "--out", name, "--rule", rule, "--rank", rank])
@@ -38,6 +39,7 @@ def drawn(tmp_path_factory):
             export.main(["selora", name, "--hot-swap", "swap"])
     finally:
         os.chdir(before)
+        train_selora.pyplot = pyplot
     return folder
 
 
