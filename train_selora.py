@@ -185,8 +185,8 @@ def adapt(cfg, ctx, model, job, seed):
     saved = checkpoint.load(last, "resume") if last.exists() else {}
     if saved.get("job") == name:
         start, began, history = restore(saved, model, optimizer, schedule), began - saved["seconds"], saved["history"]
-        for name, layer in selora.adapters(model).items():
-            layer.rank = history[-1][1][name]
+        for path, layer in selora.adapters(model).items():
+            layer.rank = history[-1][1][path]
         losses[:start] = saved["losses"]
         log.cut(saved["log"])
     keep = lambda done: checkpoint.save(last, resume_state(model, optimizer, schedule, done) | {
@@ -200,7 +200,8 @@ def adapt(cfg, ctx, model, job, seed):
     expected = rule == "gain" or cfg.ratio_of == "expected"
     half = torch.autocast(z.device.type, torch.bfloat16, enabled=cfg.amp)
     for step in range(start, cfg.steps):
-        rows, t, noise, words = drawn_at(seed, step, cfg, z, ids, alphas, train)
+        drawn = drawn_at(seed, step, cfg, z, ids, alphas, train)
+        rows, t, noise, words = (checkpoint.own_part(x, cfg.batch) for x in drawn)  # this process's part
         optimizer.zero_grad()
         with selora.FisherProbe(model, expected) if step in probes and fisher == "probe" else nullcontext() as probe:
             with half:  # a probe's hooks stay outside the compiled graph
@@ -240,15 +241,12 @@ def adapt(cfg, ctx, model, job, seed):
 
 
 def drawn_at(seed, step, cfg, z, ids, alphas, train):
-    """(rows of `train`, timesteps, noise, words with 10% dropped) of a step, drawn from (seed, step) alone; of several
-    processes each takes its part of the same draw.
-    """
+    """(rows of `train`, timesteps, noise, words with 10% dropped) of a step, drawn from (seed, step) alone."""
     rows = torch.from_numpy(train[rows_at(seed, step, len(train), cfg.batch)]).to(z.device)
     generator = torch.Generator(z.device).manual_seed((seed + 1) * 1_000_003 + step)
     t = torch.randint(0, len(alphas), (cfg.batch,), generator=generator, device=z.device)
     noise = torch.randn(cfg.batch, *z.shape[1:], generator=generator, device=z.device, dtype=z.dtype)
-    words = diffusion.drop_words(ids[rows], generator)
-    return [checkpoint.own_part(x, cfg.batch) for x in (rows, t, noise, words)]
+    return rows, t, noise, diffusion.drop_words(ids[rows], generator)
 
 
 def averaged(scores):

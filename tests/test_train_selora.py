@@ -39,14 +39,15 @@ def test_a_run_stopped_in_the_middle_of_growth_goes_on_to_the_same_bytes(tmp_pat
 
     def rows_at(*args):
         calls.append(args)
-        if len(calls) == 10:  # the base is cached: step 9 of 14, between the second and the third growth
+        if len(calls) in (6, 10):  # the base is cached: steps 5 and 9 of 14, between two growths
             os.kill(os.getpid(), signal.SIGTERM)
         return draw(*args)
 
     monkeypatch.setattr(train_selora, "rows_at", rows_at)
-    with pytest.raises(SystemExit) as stopped:
-        train_selora.main([*TINY, "--out", "cut", "--lam", "1.01"])
-    assert stopped.value.code == 143 and "--resume" in capsys.readouterr().out
+    for resume in ([], ["--resume"]):
+        with pytest.raises(SystemExit) as stopped:
+            train_selora.main([*TINY, "--out", "cut", "--lam", "1.01", *resume])
+        assert stopped.value.code == 143 and "--resume" in capsys.readouterr().out
     train_selora.main([*TINY, "--out", "cut", "--lam", "1.01", "--resume"])
     assert len(calls) == 14 + 14  # ratio and full, no step twice
     names = ("metrics.json", "model.pt", "log.jsonl", "adapters/ratio-s0.pt", "split-s0.npz", "config.json")
