@@ -371,10 +371,10 @@ def run_job(cfg, ctx, job, seed):
 
 
 def base_model(ctx):
-    """A fresh copy of the pretrained denoiser, on the device, in the memory format that convolutions like there."""
+    """A fresh copy of the pretrained denoiser, on the device."""
     model = Denoiser(**ctx["config"])
     model.load_state_dict(ctx["base"])
-    return model.to(ctx["z"].device, memory_format=torch.channels_last if ctx["z"].is_cuda else torch.preserve_format)
+    return model.to(ctx["z"].device)
 
 
 # ------------------------------------------------------------------------------------------------------------ the judge
