@@ -383,11 +383,13 @@ def fill_in(diagnoser, synthesizer, notes, numeric, draws, steps, guidance):
     the diagnosis of the complete sample. The mean over draws marginalises the missing image.
 
     notes: B of str; numeric: {modality: B rows or None}. Draw k is that of seed k, so fewer draws are the first of
-    more. `Refused` if the two models do not fit: no image modality, other channels."""
-    colours = {m.folder: m.manifest["channels"] for m in (diagnoser, synthesizer)}
-    if "image" not in diagnoser.modalities or "note" not in diagnoser.modalities or len(set(colours.values())) > 1:
-        raise Refused(f"{synthesizer.folder} cannot fill in for {diagnoser.folder}, which must have image and note, "
-                      f"and images of as many channels ({', '.join(map(str, colours.values()))})")
+    more. `Refused` if the two models do not fit: no image modality, other image sizes or channels."""
+    if not {"image", "note"} <= set(diagnoser.modalities):
+        raise Refused(f"{diagnoser.folder}: has {', '.join(diagnoser.modalities)}; filling in needs image and note")
+    for key, what in (("image_size", "images of size"), ("channels", "image channels:")):
+        if synthesizer.manifest[key] != diagnoser.manifest[key]:
+            raise Refused(f"{synthesizer.folder}: draws {what} {synthesizer.manifest[key]}; {diagnoser.folder} was "
+                          f"trained on {diagnoser.manifest[key]}")
     drawn = (synthesizer.sample(notes, steps, guidance, seed=k) for k in range(draws))
     return np.stack([diagnoser.predict(list(images), notes, **numeric) for images in drawn])
 
@@ -548,6 +550,14 @@ def show(diagnoser, p):
         print(f"trained on synthetic {kind}: not a diagnosis of anybody")
 
 
+def free_memory():
+    """Bytes of memory that are free, or infinity where the system does not say."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
+
 def sample_sheet(args):
     """Draw --n images of each note into a .png sheet, one row per note, or an .npy array [notes,n,S,S]."""
     if args.n < 1:
@@ -555,7 +565,15 @@ def sample_sheet(args):
     if args.out.suffix not in (".png", ".npy"):
         raise Refused(f"--out {args.out}: must end in .png or .npy")
     synthesizer = Synthesizer(args.folder, args.device)
+    m, total = synthesizer.manifest, len(args.note) * args.n
+    # pixels as float32 and as bytes, before and after they are put together, and the noise and feature maps of a batch
+    needed = total * m["channels"] * m["image_size"] ** 2 * 10 + 64 * 512 * m["image_size"] ** 2
+    if needed > (free := free_memory()):
+        raise Refused(f"--n {args.n}: {total} images need about {needed / 2**30:.1f} GiB; {free / 2**30:.1f} are free")
     print(f"provider {synthesizer.provider}")
+    for note in args.note:
+        if (words := len(data.words_of(note))) >= m["positions"]:
+            print(f"cut to its first {m['positions'] - 1} of {words} words: {note[:60]}...")
     notes = [note for note in args.note for _ in range(args.n)]
     images = synthesizer.sample(notes, args.steps, args.guidance, args.seed, args.adapter)
     images = images.reshape(len(args.note), args.n, *images.shape[1:])

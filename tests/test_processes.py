@@ -124,6 +124,29 @@ def test_growth_does_not_compile_again():
     assert counter.frame_count == 1 and all(layer.rank == 8 for layer in selora.adapters(model).values())
 
 
+def test_fisher_and_growth_under_bfloat16_and_compiled():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(4 * 16, 5))
+    selora.inject(model, None, 2)
+    for layer in selora.adapters(model).values():
+        layer.B.data[:2].normal_()
+    x = torch.randn(16, 3, 4, 4)
+    each = lambda predict: predict(x).float().square().mean(1)
+    exact = selora.fisher_loop(model, each(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        with selora.FisherProbe(model) as probe:
+            each(model).mean().backward()
+        half, before = probe.scores(), model(x)
+    for name, score in exact.items():  # bfloat16 has 8 bits: squares of gradients agree to some percent
+        assert half[name][:2] == pytest.approx(score[:2], rel=0.03) and half[name].ratio == pytest.approx(score.ratio, rel=0.03)
+    compiled = torch.compile(model, backend="eager")
+    was = compiled(x)
+    selora.grow(model, None, "cheapest", budget=10**6)
+    assert torch.equal(compiled(x), was)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert before.dtype == torch.bfloat16 and torch.equal(model(x), before)  # growth changes the output by exactly 0
+
+
 def test_presets_fill_in_sizes_that_are_not_given(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = checkpoint.with_preset(train_selora.Config(preset="large", width=64), train_selora.PRESETS)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -189,6 +190,8 @@ def test_sample_writes_a_sheet(drawn, tmp_path, monkeypatch, capsys):
     sheet, images = np.asarray(Image.open("sheet.png")), np.load("s.npy")
     assert sheet.shape == (2 * 128, 3 * 128) and (sheet[::4, ::4][32:, 64:] == images[1, 2]).all()
     assert "trained on synthetic data" in capsys.readouterr().out
+    serve.main(["sample", str(drawn / "neyman/onnx"), "--note", "word " * 30, "--n", "1", "--steps", "1", "--out", "s.npy"])
+    assert "cut to its first 9 of 30 words" in capsys.readouterr().out
 
 
 def test_filling_in_averages_over_drawn_images(drawn, tiny):
@@ -276,6 +279,19 @@ def test_command_lines_that_cannot_be_served(drawn, tiny, tmp_path, monkeypatch)
     merged = drawn / "neyman/onnx"
     assert "must end in .png or .npy" in said("sample", merged, "--note", "a", "--out", "s.jpg")
     assert "--n is 0" in said("sample", merged, "--note", "a", "--n", 0)
+    assert re.search(r"--n 99999999999: 99999999999 images need about \d+\.\d GiB; \d+\.\d are free", said("sample", merged, "--note", "a", "--n", 99999999999))
+    assert "steps is 1001; need an integer from 1 to 1000" in said("sample", merged, "--note", "a", "--steps", 1001)
+    assert "guidance is -1.0" in said("sample", merged, "--note", "a", "--guidance", -1)
+    assert "adapter 'x' is not in" in said("sample", drawn / "swap", "--note", "a", "--adapter", "x")
+    shutil.copytree(merged, tmp_path / "gone")
+    (tmp_path / "gone/sampler.onnx").unlink()
+    assert "sampler.onnx: missing, but the manifest names it" in said("sample", "gone", "--note", "a")
+    for key, value, words in (("image_size", 64, "draws images of size 64"), ("channels", 3, "draws image channels: 3")):
+        shutil.copytree(merged, tmp_path / key)
+        manifest = json.loads((merged / "manifest.json").read_text()) | {key: value}
+        manifest["sha256"] = data.digest({k: v for k, v in manifest.items() if k != "sha256"})
+        (tmp_path / key / "manifest.json").write_text(json.dumps(manifest))
+        assert words in said("predict", tiny[1] / "onnx", "--note", "a", "--synthesizer", key)
     assert "holds a 'mora' export; this needs 'selora'" in said("sample", tiny[1] / "onnx", "--note", "a")
     assert "holds a 'selora' export; this needs 'mora'" in said("predict", merged, "--note", "a")
     assert "--draws is 0" in said("predict", tiny[1] / "onnx", "--note", "a", "--synthesizer", merged, "--draws", 0)

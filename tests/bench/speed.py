@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
+import torch._inductor.config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -215,6 +216,8 @@ def growth_compile(growths=6):
     """Graphs compiled over some growths, by a mask and by concatenation: ((graphs, seconds to the first), the same)."""
     from torch._dynamo.testing import CompileCounter
 
+    torch._inductor.config.force_disable_caches = True  # kernels of an earlier benchmark would make a start look free
+
     def count(grow, make_model, x):
         counter = CompileCounter()
         model, seconds = make_model(), []
@@ -379,7 +382,7 @@ def main():
         print(f"{name:44s} {ours:9.3f} ms {peer:9.3f} ms  ratio {ours / peer:.3f}{cpu}{floor}", flush=True)
 
     print(f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {torch.get_num_threads()} threads; ours, other, ours/other")
-    warnings.filterwarnings("ignore", "Full backward hook")  # Opacus's
+    warnings.filterwarnings("ignore", "Full backward hook|dynamo_pgo")  # of Opacus, of the compiler without its cache
     add("mora_vs_sample_loop (64,145,768,4)", mora_vs_sample_loop(64, 145, 768, 4))
     add("mora_vs_sample_loop (32,29,64,4)", mora_vs_sample_loop(32, 29, 64, 4))
     add("mora_step_overhead", mora_step_overhead())
