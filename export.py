@@ -503,6 +503,25 @@ def add_adapter(folder, name, manifest, model, vae, alphas, config, saved):
     return folder
 
 
+FORMATS = ("peft", "diffusers", "kohya")
+
+
+def export_adapter(run, out, format="peft", method=None, seed=None):
+    """Write a run's SeLoRA adapter for other tools into a new folder: `minilora/interchange.py`. Returns the folder."""
+    from minilora import interchange
+
+    _, model, _ = load_selora(run, method, seed)
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Refused(f"--out {out}: exists and is not an empty folder")
+    with new_folder(out) as work:
+        try:
+            getattr(interchange, f"save_{format}")(model, work)
+        except ValueError as error:
+            raise Refused(str(error)) from None
+    return out
+
+
 # ---------------------------------------------------------------------------------------------------------------- speed
 
 
@@ -602,6 +621,12 @@ def main(argv=None):
         p.add_argument("--fp16", action="store_true", help="float16 inside; inputs and outputs stay float32")
     p.add_argument("--hot-swap", type=Path, metavar="FOLDER", help="add the adapter to FOLDER, beside its base")
     p.add_argument("--name", help="with --hot-swap: the adapter's name (default: the run folder's)")
+    p = commands.add_parser("peft", help="write a run's SeLoRA adapter for PEFT, diffusers or kohya")
+    p.add_argument("run", type=Path, help="run folder of train_selora.py")
+    p.add_argument("--out", type=Path, required=True, help="new folder to write")
+    p.add_argument("--format", choices=FORMATS, default="peft", help="whose file (default: peft)")
+    p.add_argument("--method", help="instead of the method that the run kept")
+    p.add_argument("--seed", type=int, help="instead of the seed that the run kept")
     p = commands.add_parser("bench", help="latency and throughput of every graph, beside torch eager where it is there")
     p.add_argument("folder", type=Path, help="what this script wrote, for example runs/mora/onnx")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
@@ -611,6 +636,9 @@ def main(argv=None):
     with data.one_line_errors():
         if args.command == "bench":
             return bench(args.folder, args.device)
+        if args.command == "peft":
+            out = export_adapter(args.run, args.out, args.format, args.method, args.seed)
+            return print(f"{args.format} adapter: {out}")
         if args.command == "mora":
             out = export_mora(args.run, args.out, args.method, args.seed, args.fp16)
         else:

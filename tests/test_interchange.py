@@ -121,6 +121,44 @@ def test_diffusers_loads_what_was_grown_here(tmp_path):
     assert (run(selora.merge(copy.deepcopy(model))) - wanted).abs().max() < 1e-5 * scale
 
 
+def test_mora_around_block_0_of_transformers_vilt(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is in the bench extra")
+    import onnxruntime
+
+    from minilora.mora import FoldedMoRA, MoRA, MoRABlock
+
+    torch.manual_seed(0)
+    model = transformers.ViltModel(transformers.ViltConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8, max_position_embeddings=10,
+        num_channels=1, hidden_dropout_prob=0.0)).eval()  # fmt: skip
+    given = dict(input_ids=torch.randint(3, 50, (4, 6)), pixel_values=torch.randn(4, 1, 16, 16), pixel_mask=torch.ones(4, 16, 16, dtype=torch.long))
+    before = model(**given).pooler_output.detach()
+    model.requires_grad_(False)
+    block = model.encoder.layer[0] = MoRABlock(model.encoder.layer[0], MoRA(16, ("image", "note"), rank=2))
+    block.present = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    assert torch.equal(model(**given).pooler_output, before)  # ups are zero
+    head = nn.Linear(16, 2)
+    optimizer = torch.optim.AdamW([*block.mora.parameters(), *head.parameters()], lr=0.05)
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(head(model(**given).pooler_output), torch.tensor([0, 1, 0, 1]))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0] and {n for n, p in model.named_parameters() if p.grad is not None} == {"encoder.layer.0.mora.down", "encoder.layer.0.mora.up"}
+    trained = model(**given).pooler_output.detach()
+    block.mora = FoldedMoRA(block.mora, torch.tensor([1.0, 0.0]))  # freeze "image only"
+    assert torch.allclose(model(**given).pooler_output[1], trained[1], atol=1e-6)
+
+    x = torch.randn(3, 11, 16)
+    torch.onnx.export(block.mora, (x,), tmp_path / "branch.onnx", input_names=["x"], output_names=["y"], dynamo=False, opset_version=17, dynamic_axes={"x": {0: "batch", 1: "tokens"}})
+    session = onnxruntime.InferenceSession(tmp_path / "branch.onnx", providers=["CPUExecutionProvider"])
+    for shape in ((3, 11, 16), (1, 7, 16)):
+        x = torch.randn(shape)
+        assert abs(session.run(None, {"x": x.numpy()})[0] - block.mora(x).detach().numpy()).max() < 1e-5
+
+
 def test_kohya_file(tmp_path):
     load_file = pytest.importorskip("safetensors.torch").load_file
     model = grown()

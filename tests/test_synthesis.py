@@ -305,6 +305,23 @@ def test_bench_prints_every_graph_beside_eager(drawn, tiny, capsys):
         assert all(sum(line.startswith(f"{graph} ") and len(line.split()) == 6 for line in said.splitlines()) == 3 for graph in graphs)
 
 
+def test_a_run_is_written_for_peft(drawn, tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is in the bench extra")
+    from minilora import interchange
+
+    for form, file in (("peft", "adapter_model"), ("diffusers", "pytorch_lora_weights"), ("kohya", "kohya")):
+        export.main(["peft", str(drawn / "neyman"), "--out", str(tmp_path / form), "--format", form])
+        assert (tmp_path / form / f"{file}.safetensors").stat().st_size > 1000
+    model, _, _ = loaded(drawn / "neyman")
+    again, _, _ = loaded(drawn / "neyman", base=True)
+    interchange.load_peft(again, tmp_path / "peft")
+    noise, ids, _ = request(2, 1)
+    given = torch.from_numpy(noise), torch.tensor([5, 900]), torch.from_numpy(ids)
+    with torch.no_grad():
+        assert torch.allclose(model(*given), again(*given), atol=1e-6)
+    assert "exists and is not an empty folder" in refused_in(tmp_path, export.main, "peft", str(drawn / "neyman"), "--out", str(tmp_path / "peft"))
+
+
 SCARCE = ["--seeds", "1", "--steps", "6", "--pretrain-steps", "6", "--phantoms", "240", "--width", "16", "--depth", "1", "--heads", "2", "--batch", "16", "--buckets", "128",
           "--device", "cpu", "--lr", "0.01", "--methods", "head", "mora"]  # fmt: skip
 
