@@ -10,8 +10,8 @@
 A MoRA branch stands beside a nonlinear block, so it cannot be merged into the weights. It is frozen per presence
 pattern instead: the ups of the present modalities fold into one matrix, and the tokens of absent modalities leave the
 graph. One more graph, `mask.onnx`, takes the presence as an input. SeLoRA's expanded ranks are merged into the weights,
-so its graphs are those of the base; for hot-swapping they are inputs instead. `predict`, `sample`, `bench` and `check`
-are `minilora/serve.py` and import no torch. """
+so its graphs are those of the base; for hot-swapping they are inputs instead. `predict`, `sample` and `check` are
+`minilora/serve.py` and import no torch. """
 
 import argparse
 import copy

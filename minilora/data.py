@@ -88,7 +88,8 @@ def read_npz(path):
     except Refused:
         raise
     except Exception as error:  # zip, header and checksum errors come as many types, all of which mean the same here
-        raise Refused(f"{path}: not a readable .npz archive ({type(error).__name__}: {error})") from None
+        reason = str(error).split(". If you")[0]  # numpy goes on to recommend unpickling it
+        raise Refused(f"{path}: not a readable .npz archive ({type(error).__name__}: {reason})") from None
 
 
 def origin(report):
