@@ -75,20 +75,40 @@ def write_graph(model, path, metadata):
 
 @contextmanager
 def new_folder(out):
-    """A folder to write into, which takes the place of `out` only when the block ended well."""
+    """A folder to write into, which takes the place of `out` only when the block ended well: of an exported folder with
+    nothing of anybody else's in it, or of an empty one.
+    """
     out = Path(out).resolve()
-    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise Refused(f"{out}: exists and is not an exported folder; choose another --out")
+    before = own_files(out)
     work, old = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     work.mkdir(parents=True)
     try:
         yield work
+        if own_files(out) != before:
+            raise Refused(f"{out}: changed while this was written; run it again")
         if out.exists():  # renamed, not removed: the old export is never gone before the new one is there
             os.replace(out, old)
-        os.replace(work, out)
+        try:
+            os.replace(work, out)
+        except OSError:
+            if old.exists():
+                os.replace(old, out)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def own_files(out):
+    """The manifest of an exported folder, or None of one that is empty or not there; `Refused` if it is another's."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / "manifest.json").is_file():
+        raise Refused(f"{out}: exists and is not an exported folder; choose another --out")
+    manifest = serve.own_manifest(out)
+    if others := {p.name for p in out.iterdir()} - {"manifest.json", *manifest["files"]}:
+        raise Refused(f"{out}: holds {min(others)}, which no export wrote; move it, or choose another --out")
+    return manifest
 
 
 def write_manifest(folder, manifest):
@@ -445,6 +465,7 @@ def torch_answers(model, vae, alphas, golden, name=""):
 
 def add_adapter(folder, name, manifest, model, vae, alphas, config, saved):
     """Put NAME.onnx_adapter into a hot-swap folder, which is made with the base's sampler if it is not there."""
+    import onnx
     import onnxruntime
     import torch
 
@@ -489,6 +510,10 @@ def add_adapter(folder, name, manifest, model, vae, alphas, config, saved):
                 shape = [size or 1 for size in A.shape]
                 A, B = torch.zeros(shape), torch.zeros(1, B.shape[1])
             arrays |= {f"{n}.A": A.numpy(), f"{n}.B": B.numpy()}
+        model_inputs = {i.name for i in onnx.load(work / "sampler.onnx").graph.input}
+        if foreign := arrays.keys() - model_inputs:
+            raise Refused(f"{folder}: its sampler has no adapter on layer '{min(foreign)[:-2]}'; the run used other "
+                          "--targets, so give it a folder of its own")
         file = onnxruntime.AdapterFormat()
         file.set_adapter_version(1)
         file.set_model_version(1)
@@ -642,6 +667,8 @@ def main(argv=None):
         if args.command == "mora":
             out = export_mora(args.run, args.out, args.method, args.seed, args.fp16)
         else:
+            if args.name and not args.hot_swap:
+                raise Refused("--name is the name of an adapter in a --hot-swap FOLDER: give the folder too")
             if args.hot_swap and (args.fp16 or args.out):
                 raise Refused("--hot-swap FOLDER is where the files go, in float32: leave out --out and --fp16")
             out = export_selora(args.run, args.out, args.method, args.seed, args.fp16, args.hot_swap, args.name)

@@ -71,7 +71,7 @@ class Config:
     # SELORA_RUN:COUNT adds COUNT synthetic studies to the training split: a training sample's facts, and an image drawn
     # from its words by that run of train_selora.py, whose training split must lie within this one.
     augment: str = ""
-    # Sizes that are not given: small (the defaults), base (7M parameters) or large (ViLT-B/32's, 112M, for a GPU).
+    # What replaces sizes left at their defaults: small (nothing), base (7M parameters) or large (ViLT-B/32's, 112M, for a GPU).
     preset: str = "small"
     device: str = "auto"  # auto, cpu, cuda or cuda:N.
     amp: bool = False  # Forward passes of the adaptation in bfloat16; weights and optimizer stay float32.
@@ -296,7 +296,8 @@ def load_task(study, drawn, missing, vit_config, device):
         study.images = np.concatenate([data.resize(study.images[:real], drawn["images"].shape[1]), drawn["images"]])
         train = np.concatenate([train, np.arange(real, len(study))])
         tables = {k: np.concatenate([v, drawn["present"]]) for k, v in tables.items()}
-        order = np.concatenate([drawn["order"], np.arange(real, len(study))])
+        others = np.random.default_rng(22).permutation(len(source))
+        order = np.concatenate([drawn["order"], real + others])  # synthetic rows are shuffled among themselves
     else:
         order = drawn["order"]
     inputs = on(device, data.model_inputs(study, *input_sizes(vit_config), drawn["scales"]))
@@ -318,7 +319,7 @@ def draw_studies(cfg, study, drawn, seed, device):
     if not {"image", "note"} <= set(study.modalities):
         raise Refused(f"--augment draws images from notes; the modalities are {', '.join(study.modalities)}")
     saved, model, vae = load_selora(run, None, seed)
-    if saved["study"] != data.fingerprint(study.select(("image", "note"))):
+    if saved.get("study") != data.fingerprint(study.select(("image", "note"))):
         raise Refused(f"--augment {run}: was trained on {saved['data']}, another study than this run's {study.name}")
     seen = data.read_npz(Path(run) / f"split-s{seed}.npz")["train"]
     if not np.isin(seen, drawn["parts"]["train"]).all():
@@ -563,7 +564,7 @@ def check(cfg):
     if not 0 < cfg.train_share <= 1:
         raise Refused(f"--train-share is {cfg.train_share}; must be in (0,1]")
     run, _, count = cfg.augment.rpartition(":")
-    if cfg.augment and not (run and count.isdigit() and int(count)):
+    if cfg.augment and not (run and count.isdecimal() and int(count)):
         raise Refused(f"--augment '{cfg.augment}' must be SELORA_RUN:COUNT with a count of at least 1")
     if cfg.buckets < 16 or cfg.positions < 0 or cfg.positions == 1:
         raise Refused(f"--buckets {cfg.buckets} must be at least 16 and --positions {cfg.positions} 0 or at least 2")
@@ -584,7 +585,7 @@ def check(cfg):
     method, _, seed = cfg.keep.rpartition(":")
     if cfg.keep == "mora:0" and "mora" not in cfg.methods:
         method = cfg.methods[-1]
-    if method not in cfg.methods or not seed.isdigit() or int(seed) >= cfg.seeds:
+    if method not in cfg.methods or not seed.isdecimal() or int(seed) >= cfg.seeds:
         raise Refused(f"--keep '{cfg.keep}' must be METHOD:SEED of this run: {', '.join(cfg.methods)}; "
                       f"0..{cfg.seeds - 1}")
     return rates, (method, int(seed))

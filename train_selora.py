@@ -83,7 +83,7 @@ class Config:
     guidance: float = 2.0  # Classifier-free guidance of the samples.
     sample_steps: int = 20  # DDIM steps of the samples.
     sample_every: int = 0  # Draw a sheet of samples every so many steps too; 0: only at the end.
-    # Sizes that are not given: small (the defaults), base (8M parameters) or large (57M, 64x64 images, for a GPU).
+    # What replaces sizes left at their defaults: small (nothing), base (8M parameters) or large (57M, 64x64 images, for a GPU).
     preset: str = "small"
     device: str = "auto"  # auto, cpu, cuda or cuda:N.
     amp: bool = False  # Forward passes of the adaptation in bfloat16; weights, optimizer and Fisher stay float32.
@@ -110,6 +110,11 @@ def train_vae(cfg, images, device, path, stop):
     start = restore(checkpoint.load(last, "resume"), vae, optimizer, schedule) if last.exists() else 0
     progress = checkpoint.Progress("autoencoder", cfg.vae_steps, start)
     rows_of = lambda step: rows_at(1, step, len(images), 64)
+
+    def keep(done):
+        finite(losses[start:done], start, "autoencoder", rows_of)  # weights that are NaN are not kept
+        checkpoint.save(last, resume_state(vae, optimizer, schedule, done))
+
     for step in range(start, cfg.vae_steps):
         generator = torch.Generator(device).manual_seed(step)
         x = augment(images[torch.from_numpy(rows_of(step)).to(device)], generator)
@@ -122,8 +127,7 @@ def train_vae(cfg, images, device, path, stop):
         losses[step] = reconstruction.detach()
         if progress.due(step + 1):
             progress.show(step + 1, f"error {finite(losses[start : step + 1], start, 'autoencoder', rows_of)[-1]:.4f}")
-        stop.after(step + 1, SAVE_EVERY, lambda done: checkpoint.save(
-            last, resume_state(vae, optimizer, schedule, done)))
+        stop.after(step + 1, SAVE_EVERY, keep)
     vae.measure(images[:2000])
     checkpoint.save(path, {"format": 1, "kind": "vae", "config": vae.config, "state": vae.state_dict()})
     last.unlink(missing_ok=True)
@@ -147,6 +151,12 @@ def pretrain(cfg, config, z, ids, alphas, device, path, stop):
         start = restore(saved, both, optimizer, schedule)
         average.load_state_dict(saved["average"])
     progress = checkpoint.Progress("denoiser", cfg.pretrain_steps, start)
+    rows_of = lambda step: rows_at(2, step, len(z), cfg.batch)
+
+    def keep(done):
+        finite(losses[start:done], start, "denoiser", rows_of)
+        checkpoint.save(last, resume_state(both, optimizer, schedule, done) | {"average": average.state_dict()})
+
     for step in range(start, cfg.pretrain_steps):
         rows, t, noise, words = drawn_at(2, step, cfg, z, ids, alphas, np.arange(len(z)))
         optimizer.zero_grad()
@@ -158,10 +168,8 @@ def pretrain(cfg, config, z, ids, alphas, device, path, stop):
         diffusion.ema_update(average, model, min(0.99, (step + 1) / (step + 10)))
         losses[step] = loss.detach()
         if progress.due(step + 1):
-            rows_of = lambda s: rows_at(2, s, len(z), cfg.batch)
             progress.show(step + 1, f"loss {finite(losses[start : step + 1], start, 'denoiser', rows_of)[-1]:.3f}")
-        stop.after(step + 1, SAVE_EVERY, lambda done: checkpoint.save(
-            last, resume_state(both, optimizer, schedule, done) | {"average": average.state_dict()}))
+        stop.after(step + 1, SAVE_EVERY, keep)
     checkpoint.save(path, {"format": 1, "kind": "denoiser", "config": config, "state": average.state_dict()})
     last.unlink(missing_ok=True)
     return checkpoint.load(path, "denoiser")["state"]
@@ -212,7 +220,8 @@ def adapt(cfg, ctx, model, job, seed):
             loss.backward()  # one backward: gradients and Fisher information
         sent = checkpoint.average([p.grad for p in trainable if p.grad is not None])
         if step in probes:
-            scores = averaged(probe.scores() if probe else scores)
+            finite(each.detach().mean()[None], step, name, rows_of)  # before a rule reads NaN
+            scores = averaged(probe.scores() if probe else scores, z.device)
             share = (probes.index(step) + 1) / len(probes)  # the budget is opened step by step
             allowed = None if rule == "ratio" else round(floor + share * (budget - floor))
             generator = torch.Generator().manual_seed(1000 * seed + step)
@@ -249,11 +258,10 @@ def drawn_at(seed, step, cfg, z, ids, alphas, train):
     return rows, t, noise, diffusion.drop_words(ids[rows], generator)
 
 
-def averaged(scores):
+def averaged(scores, device):
     """The scores {layer: Score} over the samples of all processes, equal in each of them."""
     if not scores or checkpoint.world()[1] == 1:
         return scores
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     sums = torch.tensor([score[:3] for score in scores.values()], dtype=torch.float64, device=device)
     checkpoint.average([sums])
     return {name: selora.Score(*row, selora.ratio(*row[:2])) for name, row in zip(scores, sums.tolist())}
@@ -283,7 +291,8 @@ def heldout_loss(model, ctx, rows, draws=8):
     for k in range(draws):
         generator = torch.Generator().manual_seed(10_000 + k)
         t = (torch.arange(len(rows)) + torch.rand(len(rows), generator=generator)) / len(rows) * len(alphas)
-        t = t[torch.randperm(len(rows), generator=generator)].long().to(z.device)
+        # float32 rounds the last one up now and then
+        t = t[torch.randperm(len(rows), generator=generator)].long().clamp(max=len(alphas) - 1).to(z.device)
         noise = torch.randn(len(rows), *z.shape[1:], generator=generator).to(z.device)
         for part in torch.arange(rank, len(rows), processes, device=z.device).split(256):
             r = rows[part]
@@ -386,9 +395,14 @@ def sample_images(cfg, ctx, model, rows):
     return diffusion.draw_images(model, ctx["vae"], ids, rows, cfg.sample_steps, cfg.guidance, ctx["alphas"])
 
 
-def load_judge(run, device):
-    """The frozen ViT that a run of train_mora.py was built on; it looks at images alone."""
+def load_judge(run, device, study_file):
+    """The frozen ViT that a run of train_mora.py was built on; it looks at images alone. `Refused` if it was pretrained
+    on the study whose held-out images it is to judge.
+    """
     saved = checkpoint.load(Path(run) / "model.pt", "mora")
+    source = (checkpoint.read_json(Path(run) / "config.json") or {}).get("source")
+    if source and study_file and source["sha256"] == data.sha256(study_file):
+        raise Refused(f"--judge {run}: was pretrained on {study_file}, whose held-out images it would judge")
     if "image" not in saved["config"]["modalities"]:
         raise Refused(f"--judge {run}: its model has no image modality")
     vit = ViT(**saved["config"] | {"absent": "mask"})
@@ -431,11 +445,13 @@ def prepare_judge(ctx, seed):
 
     Nothing here has seen a held-out image: the readers are fitted on the training split. Rows: held-out, test first."""
     parts, vit, target = ctx["parts"][seed], ctx["judge"]["vit"], ctx["target"]
-    rows = np.concatenate([parts["test"], parts["val"]])[:400]
+    rows = np.concatenate([parts["test"], parts["val"]])[:min(400, len(parts["train"]))]  # as many as for the floor
+    if len(rows) < 2:
+        raise Refused(f"--judge needs 2 samples to train on or more; seed {seed} has {len(parts['train'])}")
     train = np.random.default_rng((seed, 21)).permutation(parts["train"])
     tokens, known = judge_tokens(vit, target.images[rows]), judge_tokens(vit, target.images[train])
-    n = min(len(rows), len(train))
-    floor = metrics.frechet(tokens[:n].mean(1).cpu().numpy(), known[:n].mean(1).cpu().numpy())
+    n = len(rows)
+    floor = metrics.frechet(tokens.mean(1).cpu().numpy(), known[:n].mean(1).cpu().numpy())
     readers, truths, ceiling = {}, {}, {}
     for name in ("kind", "side") if "agree" in target.attributes else ():
         true = target.attributes[name]
@@ -476,9 +492,9 @@ def table(report, timings):
     none, full = (np.array(report["methods"][k]["heldout_loss"]) for k in REFERENCES)
     for name, m in report["methods"].items():
         loss, seconds = np.array(m["heldout_loss"]), [timings.get(f"{name}-s{s}", 0.0) for s in report["seeds"]]
-        closed = (none - loss) / (none - full)
+        closed = f"{(none - loss).mean() / (none - full).mean():.0%}" if (full < none).all() else "-"
         line = (f"{name:22s}{loss.mean() * 1e5:9.0f} ±{loss.std() * 1e5:3.0f}{np.mean(m['adapter_params']):10,.0f}"
-                f"{closed.mean():11.0%} {np.mean(seconds):9.1f}")
+                f"{closed:>11s} {np.mean(seconds):9.1f}")
         lines.append(line + "".join(f"{np.mean(m[k]):16.3f}" for k in shown))
     if shown:
         real = [np.mean(judge["floor"]), *(np.mean(v) for v in judge["ceiling"].values())]
@@ -509,9 +525,13 @@ def conclusion(report):
     if budgets:
         return
     name = next(k for k in methods if k not in REFERENCES)
-    closed = (loss["unadapted"] - loss[name]) / (loss["unadapted"] - loss["full"])
-    yield (f"{name} closes {closed.mean():.0%} of the gap between the frozen base and full fine-tuning with "
-           f"{mean(name, 'adapter_params'):,.0f} parameters instead of {methods['full']['trainable_params'][0]:,}.")
+    gap, closed = loss["unadapted"] - loss["full"], loss["unadapted"] - loss[name]
+    if (gap > 0).all():
+        everything = methods["full"]["trainable_params"][0]
+        yield (f"{name} closes {closed.mean() / gap.mean():.0%} of the gap between the frozen base and full "
+               f"fine-tuning with {mean(name, 'adapter_params'):,.0f} parameters instead of {everything:,}.")
+    else:
+        yield "Full fine-tuning does not beat the frozen base on every seed: there is no gap to close."
     if name in selora.GROWTH:
         yield "Whether growing was worth it, only a comparison at equal parameters can say: --rules-table."
     if seeds == 1:
@@ -621,9 +641,13 @@ def check(cfg):
     if (cfg.rule == "replay") != (cfg.replay is not None):
         raise Refused("--rule replay and --replay RUN go together")
     for name in ("seeds", "capacity", "every", "steps", "batch", "vae_steps", "pretrain_steps", "phantoms",
-                 "sample_steps"):
+                 "sample_steps", "image_size", "factor", "latent", "vae_width", "width", "text_width", "heads"):
         if getattr(cfg, name) < 1:
             raise Refused(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; must be at least 1")
+    if cfg.rules_table and cfg.capacity < 2:
+        raise Refused(f"--rules-table compares ranks 1 and 2; --capacity is {cfg.capacity}")
+    if cfg.rule in selora.GROWTH and not probe_steps(cfg, cfg.rule, cfg.rank):
+        raise Refused(f"--steps {cfg.steps} ends before the first probe, --every {cfg.every}: nothing would grow")
     if not 0 <= cfg.rank <= cfg.capacity:
         raise Refused(f"--rank {cfg.rank} is outside 0..{cfg.capacity}, the capacity")
     if cfg.rank == 0 and cfg.rule == "fixed":
@@ -632,8 +656,9 @@ def check(cfg):
         raise Refused("--buckets must be at least 16, --positions 2, --guidance 0, --lr in (0,10)")
     if not 0 < cfg.train_share <= 1:
         raise Refused(f"--train-share is {cfg.train_share}; must be in (0,1]")
-    if cfg.budget < 0 or cfg.sample_every < 0:
-        raise Refused(f"--budget {cfg.budget} and --sample-every {cfg.sample_every} must not be negative")
+    if cfg.budget < 0 or cfg.sample_every < 0 or cfg.text_depth < 0 or not 0 <= cfg.lam < 1e9:
+        raise Refused(f"--budget {cfg.budget}, --sample-every {cfg.sample_every}, --text-depth {cfg.text_depth} and "
+                      f"--lam {cfg.lam} must be numbers of at least 0")
     try:
         vae = VAE(cfg.image_size, 1, cfg.latent, cfg.factor, cfg.vae_width)
         config = dict(latent=cfg.latent, size=vae.size, width=cfg.width, heads=cfg.heads, buckets=cfg.buckets,
@@ -658,6 +683,10 @@ def check_adapters(cfg, config):
     cost = sum(selora.adapter_cost(layer) for layer in selora.adapters(model).values())
     if cfg.budget and cfg.budget < cost:
         raise Refused(f"--budget {cfg.budget:,} is below the {cost:,} parameters that rank 1 in every layer costs")
+    budget = cfg.budget or 2 * cost
+    if cfg.rule in ("gain", "random", "cheapest") and not cfg.rules_table and budget <= cfg.rank * cost:
+        raise Refused(f"--rank {cfg.rank} in every layer costs {cfg.rank * cost:,}, and rule '{cfg.rule}' may spend "
+                      f"{budget:,}: nothing is left to grow; lower --rank or raise --budget")
     if cfg.replay:
         report = checkpoint.read_json(cfg.replay / "metrics.json")
         if not report or report.get("kind") != "selora":
@@ -764,7 +793,7 @@ def run(cfg, stop):
     config, device = check(cfg), checkpoint.pick_device(cfg.device)
     torch.backends.cudnn.allow_tf32 = False  # as in train_mora.py: as exact as the exported graphs
     cost, replay = check_adapters(cfg, config)
-    vit = load_judge(cfg.judge, device) if cfg.judge else None
+    vit = load_judge(cfg.judge, device, cfg.data) if cfg.judge else None
     if cfg.source and cfg.data and data.sha256(cfg.source) == data.sha256(cfg.data):
         raise Refused(f"--source {cfg.source} is the --data file: the base would see the held-out images")
     target, source = read_study(cfg, cfg.data, "target", 2), read_study(cfg, cfg.source, "source", 1)

@@ -101,6 +101,10 @@ def open_run(cfg):
     for key in ("data", "source"):  # a run belongs to its files' content, not to their place
         path = identity[key]
         identity[key] = {"name": path.name, "sha256": sha256(path)} if path else None
+    for key, file in (("judge", "model.pt"), ("replay", "metrics.json"), ("augment", "model.pt")):  # and to other runs'
+        run = str(identity.get(key) or "").rpartition(":")[0] if key == "augment" else identity.get(key)
+        if run:
+            identity[key] = {"run": identity[key], "sha256": sha256(Path(run) / file)}
     identity = json.loads(json.dumps(identity, default=str))
     path = cfg.out / "config.json"
     there = read_json(path)
@@ -128,16 +132,23 @@ def guarded(run, cfg, presets):
     """Call run(cfg, stop): bad input ends in one line and code 2, an interrupt in a saved state and how to go on."""
     with one_line_errors():
         try:
-            with Stopper() as stop, processes():
-                run(with_preset(cfg, presets), stop)
+            cfg = with_preset(cfg, presets)
+            with Stopper() as stop, processes(pick_device(cfg.device)):
+                own_part([], cfg.batch)  # refused now rather than after the base is pretrained
+                run(cfg, stop)
         except Stopped as stopped:
             print(f"\nstopped; everything is saved. Go on with the same command and --resume (run folder {cfg.out})")
             raise SystemExit(stopped.code) from None
+        except KeyboardInterrupt:
+            print(f"\nstopped at once; the last save stands. Go on with --resume (run folder {cfg.out})")
+            raise SystemExit(130) from None
 
 
 def pick_device(name):
     """'auto', 'cpu', 'cuda' or 'cuda:N' -> torch.device; `Refused` where it is not there."""
-    if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available() and name.startswith(("auto", "cuda")):
+        if ":" in name:
+            raise Refused(f"device '{name}': torchrun gives each process its own GPU; use auto, cuda or cpu")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
@@ -237,15 +248,15 @@ def leader():
 
 
 @contextmanager
-def processes():
+def processes(device):
     """Join torchrun's processes, by NCCL on GPUs, by gloo on CPUs. Those that are not rank 0 print nothing."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     # the others wait for as long as rank 0 pretrains
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     try:
         with open(os.devnull, "w") as nowhere, nullcontext() if leader() else redirect_stdout(nowhere):
             yield

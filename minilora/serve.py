@@ -106,6 +106,14 @@ def open_session(path, device, quiet=False):
     return session
 
 
+def unchanged(served, name):
+    """The path of a file of a served folder, which is opened at its first use; `Refused` if it is another by then."""
+    path = served.folder / name
+    if not path.is_file() or data.sha256(path) != served.manifest["files"][name]:
+        raise Refused(f"{path}: was changed since the folder was opened; open it again")
+    return path
+
+
 class Diagnoser:
     """A diagnosis model from a folder that `export.py mora` wrote.
 
@@ -122,7 +130,7 @@ class Diagnoser:
     def session(self, graph):
         """The session of a graph ('mask' or a pattern such as 'image+note'), made at first use."""
         if graph not in self.sessions:
-            self.sessions[graph] = open_session(self.folder / self.manifest["graphs"][graph], self.device)
+            self.sessions[graph] = open_session(unchanged(self, self.manifest["graphs"][graph]), self.device)
         return self.sessions[graph]
 
     def run(self, graph, inputs):
@@ -248,7 +256,7 @@ class Synthesizer:
             raise Refused(f"adapter '{adapter}' is not in {self.folder}; it has {', '.join(self.adapters) or 'none'}")
         if adapter not in self.loaded:
             self.loaded[adapter] = onnxruntime.LoraAdapter()
-            self.loaded[adapter].Load(str(self.folder / self.manifest["adapters"][adapter]["file"]))
+            self.loaded[adapter].Load(str(unchanged(self, self.manifest["adapters"][adapter]["file"])))
         options = onnxruntime.RunOptions()  # one of its own for each run: nothing of another adapter is left in it
         options.add_active_adapter(self.loaded[adapter])
         return options
@@ -409,8 +417,12 @@ def fill_file(diagnoser, args, study, rows, request, probabilities):
         print(f"the synthesizer was trained on {synthesizer.manifest['data']}, the diagnoser on "
               f"{diagnoser.manifest['data']}: drawn images may be of another kind")
     notes, numeric = cut(request["note"]), {m: cut(v) for m, v in request.items() if m not in ("image", "note")}
-    each = fill_in(diagnoser, synthesizer, notes, numeric, max(16, args.draws), args.steps, args.guidance)
+    if synthesizer.manifest.get("seed") != diagnoser.manifest["seed"]:
+        print(f"the synthesizer's split is that of seed {synthesizer.manifest.get('seed')}, the diagnoser's of "
+              f"{diagnoser.manifest['seed']}: it may have been trained on some of these samples")
     known, labels = study.labelled[rows][filled], study.labels[rows][filled]
+    draws = max(16, args.draws) if known.any() else args.draws  # the comparison wants 16
+    each = fill_in(diagnoser, synthesizer, notes, numeric, draws, args.steps, args.guidance)
     if known.any():
         true = diagnoser.predict(list(study.images[rows][filled]), notes, **numeric)
         print(f"{int(known.sum())} labelled samples whose image was withheld, by words alone, by drawn images "
@@ -499,7 +511,9 @@ def command_line(argv):
     for p in (samples, predicts):
         p.add_argument("--steps", type=int, default=20, help="DDIM steps of a drawn image (default: 20)")
         p.add_argument("--guidance", type=float, default=2.0, help="weight of the words in it (default: 2)")
-    folder = next((a for a in argv[1:] if os.path.isfile(os.path.join(a, "manifest.json"))), None)
+    pairs = zip(argv, argv[1:])  # of the arguments, the first folder that is not --synthesizer's
+    folder = next((a for before, a in pairs if before != "--synthesizer"
+                   and os.path.isfile(os.path.join(a, "manifest.json"))), None)
     columns = {}
     if argv[:1] == ["predict"] and folder:
         for name, spec in own_manifest(folder).get("numeric", {}).items():

@@ -26,7 +26,7 @@ from minilora.unet import Denoiser
 torch.set_num_threads(1)
 out = Path(sys.argv[1])
 cfg = train_selora.Config(out=out, steps=5, every=2, batch=8, lam=1.2, lr=0.02)
-with checkpoint.processes(), checkpoint.Stopper() as stop:
+with checkpoint.processes(torch.device("cpu")), checkpoint.Stopper() as stop:
     torch.manual_seed(0)
     model = Denoiser(width=8, text_width=8, text_depth=1, heads=2, buckets=64, positions=6).double()
     torch.nn.init.normal_(model.unet.last.weight, std=0.1)

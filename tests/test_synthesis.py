@@ -273,6 +273,37 @@ def refused_in(folder, main, *argv):
     return error.getvalue()
 
 
+def test_export_replaces_nothing_that_it_did_not_write(drawn, tmp_path):
+    for name, content in (("other", '{"name": "an app"}'), ("export", (drawn / "ones/onnx/manifest.json").read_text())):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(content)
+        (tmp_path / name / "thesis.txt").write_text("mine")
+    said = lambda name: refused_in(tmp_path, export.main, "selora", str(drawn / "ones"), "--out", str(tmp_path / name))
+    assert "changed or damaged" in said("other") and "holds thesis.txt, which no export wrote" in said("export")
+    assert "give the folder too" in refused_in(tmp_path, export.main, "selora", str(drawn / "ones"), "--name", "x")
+
+
+def test_an_adapter_on_other_layers_is_refused(drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(drawn)
+    train_selora.main([*TINY, "--out", str(tmp_path / "few"), "--rule", "fixed", "--targets", "unet.*to_pixels.*", "--steps", "4"])
+    export.main(["selora", str(tmp_path / "few"), "--hot-swap", str(tmp_path / "swap")])
+    said = refused_in(tmp_path, export.main, "selora", "ones", "--hot-swap", str(tmp_path / "swap"))
+    assert "its sampler has no adapter on layer 'text.blocks.0.attention.key_value'" in said
+
+
+def test_a_graph_that_changed_under_a_server_is_refused(drawn, tiny, tmp_path):
+    shutil.copytree(tiny[1] / "onnx", tmp_path / "d")
+    shutil.copytree(drawn / "swap", tmp_path / "s")
+    diagnoser, synthesizer = Diagnoser(tmp_path / "d", "cpu"), Synthesizer(tmp_path / "s", "cpu")
+    for file in ("d/note.onnx", "s/ones.onnx_adapter"):
+        (tmp_path / file).write_bytes((tmp_path / file).read_bytes() + b"x")
+    with pytest.raises(Refused, match="note.onnx: was changed since the folder was opened"):
+        diagnoser.predict(notes=["fever"])
+    with pytest.raises(Refused, match="ones.onnx_adapter: was changed since"):
+        synthesizer.sample(["fever"], steps=1, adapter="ones")
+    assert synthesizer.sample(["fever"], steps=1, adapter="neyman").shape == (1, 32, 32)
+
+
 def test_command_lines_that_cannot_be_served(drawn, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = lambda *argv: refused_in(tmp_path, serve.main, *map(str, argv))

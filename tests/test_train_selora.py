@@ -87,7 +87,9 @@ BAD = [(["--rule", "best"], "'best' is not known"), (["--rank", "9"], "--rank 9 
        (["--targets", "text.words"], "layer 'text.words': Embedding is not supported"), (["--targets", "("], "targets '(' is not a regular expression"),
        (["--rule", "neyman", "--budget", "100"], "--budget 100 is below the 2,364 parameters that rank 1 in every layer costs"),
        (["--rule", "replay", "--replay", "absent"], "absent: not a finished run"), (["--judge", "absent"], "absent/model.pt: no such file"),
-       (["--rank", "0", "--rule", "fixed"], "would train nothing"), (["--sample-steps", "1001"], "1001"), (["--sample-every", "-1"], "-1")]  # fmt: skip
+       (["--rank", "0", "--rule", "fixed"], "would train nothing"), (["--sample-steps", "1001"], "1001"), (["--sample-every", "-1"], "-1"), (["--latent", "0"], "--latent is 0"), (["--heads", "-4"], "--heads is -4"),
+       (["--rule", "gain", "--rank", "3"], "costs 7,092, and rule 'gain' may spend 4,728: nothing is left to grow"), (["--rules-table", "--capacity", "1"], "--capacity is 1"),
+       (["--steps", "4"], "--steps 4 ends before the first probe, --every 4"), (["--lam", "nan"], "--lam nan")]  # fmt: skip
 
 
 @pytest.mark.parametrize("argv,words", BAD, ids=[" ".join(a) for a, _ in BAD])
@@ -237,3 +239,18 @@ def test_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path, monkeypatc
     said = capsys.readouterr().out
     assert "50 layers adapted; an adapter of rank 1 has 2,364, of rank 8 18,912" in said
     assert "40 runs of 14 steps" in said and "activations of a step" in said and not list(tmp_path.iterdir())
+
+
+def test_heldout_timesteps_stay_inside_the_schedule():
+    """In float32 (n - 1 + u) / n can round up to 1: of 1079 rows one would ask for timestep 1000 of 1000."""
+    ctx = {"z": torch.zeros(1079, 4, 8, 8), "ids": torch.ones(1079, 2, dtype=torch.int64), "alphas": diffusion.alphas_cumprod()}
+    seen = []
+    train_selora.heldout_loss(lambda z, t, ids: (seen.append(t), z)[1], ctx, np.arange(1079))
+    assert torch.cat(seen).max() == 999
+
+
+def test_no_gap_to_close_is_said(capsys):
+    report = {"data": "x", "synthetic": False, "synthetic_notes": False, "seeds": [0], "judge": None, "methods": {
+        name: {"heldout_loss": [loss], "adapter_params": [5], "trainable_params": [9]} for name, loss in (("unadapted", 1.0), ("fixed", 0.9), ("full", 1.2))}}
+    said = train_selora.table(report, {})
+    assert "there is no gap to close" in said and "%" not in said

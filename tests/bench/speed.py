@@ -269,7 +269,7 @@ def first_seconds(folder):
     """Seconds from command to the first training step of each script, with everything cached, and to the first
     prediction of an exported folder."""
     found, command = {}, lambda *argv: [sys.executable, *map(str, argv)]
-    for script, sizes in (("train_mora.py", ["--methods", "head"]), ("train_selora.py", ["--vae-steps", 2])):
+    for script, sizes in (("train_mora.py", ["--methods", "head"]), ("train_selora.py", ["--vae-steps", 2, "--rule", "fixed"])):
         argv = command(ROOT / script, "--seeds", 1, "--phantoms", 400, "--pretrain-steps", 2, "--steps", 1, *sizes)
         for turn in ("first", "again"):  # the second finds the base in its cache
             began = time.perf_counter()
