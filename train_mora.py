@@ -71,7 +71,7 @@ class Config:
     # SELORA_RUN:COUNT adds COUNT synthetic studies to the training split: a training sample's facts, and an image drawn
     # from its words by that run of train_selora.py, whose training split must lie within this one.
     augment: str = ""
-    # What replaces sizes left at their defaults: small (nothing), base (7M parameters) or large (ViLT-B/32's, 112M, for a GPU).
+    # Replaces sizes left at their defaults: small (none), base (7M parameters) or large (ViLT-B/32, 111M, for a GPU).
     preset: str = "small"
     device: str = "auto"  # auto, cpu, cuda or cuda:N.
     amp: bool = False  # Forward passes of the adaptation in bfloat16; weights and optimizer stay float32.

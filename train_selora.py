@@ -83,7 +83,7 @@ class Config:
     guidance: float = 2.0  # Classifier-free guidance of the samples.
     sample_steps: int = 20  # DDIM steps of the samples.
     sample_every: int = 0  # Draw a sheet of samples every so many steps too; 0: only at the end.
-    # What replaces sizes left at their defaults: small (nothing), base (8M parameters) or large (57M, 64x64 images, for a GPU).
+    # Replaces sizes left at their defaults: small (none), base (8M parameters) or large (57M, 64x64, for a GPU).
     preset: str = "small"
     device: str = "auto"  # auto, cpu, cuda or cuda:N.
     amp: bool = False  # Forward passes of the adaptation in bfloat16; weights, optimizer and Fisher stay float32.

@@ -275,13 +275,12 @@ def test_five_modalities_get_graphs_for_the_patterns_of_training(tmp_path, monke
 
 def test_an_interrupted_export_leaves_the_old_folder(tiny, tmp_path, monkeypatch):
     out = tmp_path / "onnx"
-    out.mkdir()
-    (out / "manifest.json").write_text("{}")
-    (out / "mine").write_text("kept")
+    shutil.copytree(tiny[1] / "onnx", out)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
     monkeypatch.setattr(export, "trace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         export.export_mora(tiny[1], out)
-    assert os.listdir(tmp_path) == ["onnx"] and (out / "mine").read_text() == "kept"
+    assert os.listdir(tmp_path) == ["onnx"] and {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
 def test_export_never_replaces_a_folder_that_is_not_an_export(tiny, refused, tmp_path):
