@@ -402,14 +402,7 @@ def run_job(cfg, ctx, method, seed, lr, path):
                "counts": count(model), "result": result,
                "state": {n: p.detach().cpu() for n, p in model.named_parameters() if n in keep},
                "scales": {m: [s.tolist() for s in pair] for m, pair in drawn["scales"].items()}}
-    timings = checkpoint.read_json(cfg.out / "timings.json", {})
-    checkpoint.write_json(cfg.out / "timings.json", timings | {f"{method}-s{seed}-{lr:g}": round(seconds, 3)})
-    checkpoint.wait()  # all have found that the file is not there
-    checkpoint.save(path, content)
-    if checkpoint.leader():
-        (cfg.out / "last.pt").unlink(missing_ok=True)
-    checkpoint.wait()
-    return content if checkpoint.leader() else checkpoint.load(path)  # what rank 0 found decides for all
+    return checkpoint.finished(cfg.out, path, content, {f"{method}-s{seed}-{lr:g}": round(seconds, 3)})
 
 
 def pick_rate(cfg, ctx, method, given):

@@ -369,14 +369,7 @@ def run_job(cfg, ctx, job, seed):
     content = {"format": 1, "kind": "selora adapter", "method": job["name"], "rule": rule, "seed": seed, "state": state,
                "ranks": history[-1][1], "history": history, "result": result, "trainable_params": trainable,
                "adapter_params": selora.adapter_parameters(model), "base_hash": ctx["base_hash"]}
-    timings = checkpoint.read_json(cfg.out / "timings.json", {})
-    checkpoint.write_json(cfg.out / "timings.json", timings | {f"{job['name']}-s{seed}": round(seconds, 3)})
-    checkpoint.wait()  # all have found that the file is not there
-    checkpoint.save(path, content)
-    if checkpoint.leader():
-        (cfg.out / "last.pt").unlink(missing_ok=True)
-    checkpoint.wait()
-    return content if checkpoint.leader() else checkpoint.load(path)  # what rank 0 found decides for all
+    return checkpoint.finished(cfg.out, path, content, {f"{job['name']}-s{seed}": round(seconds, 3)})
 
 
 def base_model(ctx):

@@ -282,6 +282,19 @@ def first(make):
     return make() if made is None else made
 
 
+def finished(out, path, content, seconds):
+    """Save what a job of the run folder `out` came to, with its time, and drop its resume state; returns the content
+    as rank 0 found it, which decides for all.
+    """
+    write_json(out / "timings.json", read_json(out / "timings.json", {}) | seconds)
+    wait()  # all have found that the file is not there
+    save(path, content)
+    if leader():
+        (out / "last.pt").unlink(missing_ok=True)
+    wait()
+    return content if leader() else load(path)
+
+
 def own_part(rows, batch):
     """This process's part of a batch, which --batch counts over all processes: every n-th, from its rank on."""
     rank, n = world()
