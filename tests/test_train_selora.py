@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+import export
 import train_selora
 from minilora import checkpoint, data, diffusion, metrics, selora
 from minilora.unet import Denoiser
-from minilora.vae import VAE
 
 TINY = ["--seeds", "1", "--steps", "14", "--every", "4", "--pretrain-steps", "6", "--vae-steps", "4", "--phantoms", "120", "--batch", "8",
         "--width", "8", "--text-width", "8", "--vae-width", "8", "--heads", "2", "--sample-steps", "2", "--buckets", "64", "--positions", "10", "--device", "cpu"]  # fmt: skip
@@ -184,21 +184,11 @@ def test_frechet_distance():
         metrics.frechet(a, b[:, :2])
 
 
-def loaded(folder, rank=0):
-    """(the adapted denoiser of a finished run, its autoencoder, its schedule)."""
-    saved = checkpoint.load(folder / "model.pt", "selora")
-    model, vae = Denoiser(**saved["config"]), VAE(**saved["vae_config"])
-    model.load_state_dict(saved["base"])
-    vae.load_state_dict(saved["vae"])
-    selora.inject(model, saved["targets"] or None, rank, saved["capacity"])
-    selora.load_adapter(model, saved["adapter"]["state"])
-    return model.eval(), vae, diffusion.alphas_cumprod(kind=saved["schedule"])
-
-
 def test_merged_and_unmerged_models_sample_the_same_image(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train_selora.main([*TINY, "--out", "r", "--rule", "fixed", "--lr", "0.05"])
-    model, vae, alphas = loaded(tmp_path / "r")
+    saved, model, vae = export.load_selora(tmp_path / "r")
+    alphas = diffusion.alphas_cumprod(kind=saved["schedule"])
     ids = torch.from_numpy(data.tokenize(["coin lesion sinistral, pyrexia", ""], 64, 10))
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     base = Denoiser(**model.config)
