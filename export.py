@@ -226,7 +226,7 @@ def export_mora(run, out=None, method=None, seed=None, fp16=False):
                     "positions": config["positions"], "tokenizer": "crc32", "ranks": branch_ranks(adapter["state"]),
                     "numeric": numeric, "graphs": graphs, "precision": "float16" if fp16 else "float32",
                     "base": saved["base_hash"], "data": saved["data"], "synthetic": saved["synthetic"],
-                    "synthetic_notes": saved["synthetic_notes"]}
+                    "synthetic_notes": saved["synthetic_notes"], "fit": saved.get("fit", "squeeze")}
         finish(work, out, manifest)
     return out
 

@@ -319,7 +319,7 @@ def draw_studies(cfg, study, drawn, seed, device):
     if not {"image", "note"} <= set(study.modalities):
         raise Refused(f"--augment draws images from notes; the modalities are {', '.join(study.modalities)}")
     saved, model, vae = load_selora(run, None, seed)
-    if saved.get("study") != data.fingerprint(study.select(("image", "note"))):
+    if saved.get("study") != data.fingerprint(study.select(("image", "note"), False)):
         raise Refused(f"--augment {run}: was trained on {saved['data']}, another study than this run's {study.name}")
     seen = data.read_npz(Path(run) / f"split-s{seed}.npz")["train"]
     if not np.isin(seen, drawn["parts"]["train"]).all():
@@ -688,7 +688,7 @@ def run(cfg, stop):
         "adapter": results[method][seed], "patterns": patterns,
         "class_names": study.class_names, "multilabel": study.multilabel, "columns": study.columns,
         "data": identity["data"] or study.name, "synthetic": study.synthetic,
-        "synthetic_notes": study.synthetic_notes})
+        "synthetic_notes": study.synthetic_notes, "fit": study.fit})
     report = collect(cfg, study, results, picked)
     checkpoint.write_json(cfg.out / "metrics.json", report)
     print(table(report, checkpoint.read_json(cfg.out / "timings.json", {})))

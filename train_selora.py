@@ -702,7 +702,7 @@ def read_study(cfg, path, domain, seed):
         return data.phantoms(cfg.phantoms, seed, domain, cfg.image_size).select(("image", "note"))
     study = data.load_study(path)
     study = data.attach_notes(study) if cfg.synthetic_notes and study.notes is None else study
-    return study.select(("image", "note"))
+    return study.select(("image", "note"), need_every_sample=False)
 
 
 @torch.no_grad()
@@ -790,10 +790,18 @@ def run(cfg, stop):
     if cfg.source and cfg.data and data.sha256(cfg.source) == data.sha256(cfg.data):
         raise Refused(f"--source {cfg.source} is the --data file: the base would see the held-out images")
     target, source = read_study(cfg, cfg.data, "target", 2), read_study(cfg, cfg.source, "source", 1)
+    source = source.take(source.have()[:, 0])
+    drawable = np.flatnonzero(target.have()[:, 0])  # a sample without its image teaches nothing here
+    if not len(source) or not len(drawable):
+        raise Refused(f"{cfg.data if len(source) else cfg.source}: every image is missing (all black)")
     for what, study in (("source", source), ("target", target)):
         about = " (synthetic)" * study.synthetic + " (synthetic notes)" * study.synthetic_notes
         print(f"{what}: {study.name}{about}, {len(study)} samples, {int(study.have()[:, 1].sum())} with words")
+    if len(drawable) < len(target):
+        print(f"left out: {len(target) - len(drawable)} samples of the target that lack their image")
     parts, jobs = {seed: data.split(target, seed, cfg.train_share) for seed in range(cfg.seeds)}, jobs_of(cfg, cost)
+    parts = {seed: data.none_empty(target, {k: np.intersect1d(rows, drawable) for k, rows in part.items()})
+             for seed, part in parts.items()}
     if cfg.dry_run:
         return dry_run(cfg, config, cost, jobs, device)
 

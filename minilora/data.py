@@ -121,10 +121,10 @@ def digest(value):
 class Study:
     """Samples of up to M modalities. A modality that the file lacks is None (image, note) or not in `numeric`.
 
-    images [N,H,W] or [N,H,W,3] uint8; notes [N] str, '' = missing; numeric {name: [N,F] float32}, NaN = missing;
-    columns {name: F column names}; labels [N] int64 in [-1,C) or [N,C] in {-1,0,1} (several findings; -1 = unlabelled);
-    patients [N] str or None; fixed_split [N] of 0 train, 1 val, 2 test, or None; attributes {name: [N] int64}: what a
-    backbone can be pretrained on, -1 = ignore.
+    images [N,H,W] or [N,H,W,3] uint8, all black = missing; notes [N] str, '' = missing; numeric {name: [N,F] float32},
+    NaN = missing; columns {name: F column names}; labels [N] int64 in [-1,C) or [N,C] in {-1,0,1} (several findings; -1
+    = unlabelled); patients [N] str or None; fixed_split [N] of 0 train, 1 val, 2 test, or None; attributes {name: [N]
+    int64}: what a backbone can be pretrained on, -1 = ignore; fit: how the images became square (see `square`).
     """
 
     name: str
@@ -139,6 +139,7 @@ class Study:
     attributes: dict = field(default_factory=dict)
     synthetic: bool = False  # drawn, not measured
     synthetic_notes: bool = False  # real images, templated notes
+    fit: str = "squeeze"
 
     def __len__(self):
         return len(self.labels)
@@ -163,15 +164,16 @@ class Study:
         columns = []
         for m in self.modalities:
             if m == "image":
-                columns.append(np.ones(len(self), bool))
+                columns.append(~blank(self.images))
             elif m == "note":
                 columns.append(np.array([bool(str(t).strip()) for t in self.notes]))
             else:
                 columns.append(~np.isnan(self.numeric[m]).all(1))
         return np.stack(columns, 1)
 
-    def select(self, modalities):
-        """The same samples with only the named modalities; `Refused` on a name that the study lacks."""
+    def select(self, modalities, need_every_sample=True):
+        """The same samples with only the named modalities; `Refused` on a name that the study lacks, and on a sample
+        that is left with nothing unless need_every_sample is off."""
         for m in modalities:
             if m not in self.modalities:
                 raise Refused(f"modality '{m}' is not in {self.name}; it has {', '.join(self.modalities)}")
@@ -179,7 +181,7 @@ class Study:
         fields = {**self.__dict__, "numeric": kept, "columns": {k: self.columns[k] for k in kept}}
         fields["images"] = self.images if "image" in modalities else None
         fields["notes"] = self.notes if "note" in modalities else None
-        return _checked(Study(**fields))
+        return _checked(Study(**fields), need_every_sample)
 
     def take(self, rows):
         """The study of the given rows (indices or a bool mask), in that order."""
@@ -236,14 +238,18 @@ def load_study(path, synthetic_notes=False, classes=None):
         raise Refused(f"{path}: classes are {', '.join(names)}; the model has {', '.join(classes)}")
     columns = {k: [str(c) for c in z[f"{k}_names"]] for k in numeric}
     flag = lambda k: bool(z[k].any()) if k in z else False
+    fit = str(z["fit"]) if "fit" in z else "squeeze"
+    if fit not in FITS:
+        raise Refused(f"{path}: fit '{fit}' is not known; use {', '.join(FITS)}")
     study = Study(name=str(Path(path).stem), labels=labels.astype(np.int64), class_names=names,
                   images=z.get("images"), notes=z.get("notes"), numeric=numeric, columns=columns,
                   patients=z.get("patients"), fixed_split=fixed_split, synthetic=flag("synthetic"),
-                  synthetic_notes=flag("synthetic_notes"))
+                  synthetic_notes=flag("synthetic_notes"), fit=fit)
     try:
         _checked(study, need_every_sample=not synthetic_notes, training=classes is None)
     except Refused as error:
         raise Refused(f"{path}: {error}") from None
+    study.images = None if study.images is None else square(study.images, fit)
     return attach_notes(study) if synthetic_notes else study
 
 
@@ -251,6 +257,7 @@ def save_study(path, study):
     """Write a study file that `load_study` reads back; equal studies give equal bytes."""
     arrays = {"format": np.int64(1), "labels": study.labels, "class_names": np.array(study.class_names)}
     arrays |= {k: np.int64(1) for k in ("synthetic", "synthetic_notes") if getattr(study, k)}
+    arrays |= {"fit": np.array(study.fit)} if study.fit != "squeeze" else {}
     arrays |= {k: v for k, v in (("images", study.images), ("notes", study.notes), ("patients", study.patients))
                if v is not None}
     for name, values in study.numeric.items():
@@ -484,7 +491,7 @@ def _split(study, seed):
     names, labelled = ("train", "val", "test"), study.labelled
     if study.fixed_split is not None:
         result = {k: np.flatnonzero((study.fixed_split == i) & labelled) for i, k in enumerate(names)}
-        return _none_empty(study, result)
+        return none_empty(study, result)
     group = _groups(study)
     group[~labelled] = -1
     kept = np.flatnonzero(labelled)
@@ -502,10 +509,11 @@ def _split(study, seed):
     for g in order:  # greedy: to the split that lacks the most of what this group brings
         part[g] = ((want - filled) / want @ counts[g]).argmax()
         filled[part[g]] += counts[g]
-    return _none_empty(study, {k: kept[part[member] == i] for i, k in enumerate(names)})
+    return none_empty(study, {k: kept[part[member] == i] for i, k in enumerate(names)})
 
 
-def _none_empty(study, parts):
+def none_empty(study, parts):
+    """The parts of a split; `Refused` if one is empty."""
     for name, rows in parts.items():
         if not len(rows):
             raise Refused(f"{study.name}: {sum(map(len, parts.values()))} labelled samples leave the {name} split "
@@ -523,11 +531,11 @@ def _groups(study):
         return i
 
     keys = [[str(p) for p in study.patients]] if study.patients is not None else []
-    keys += [[im.tobytes() for im in study.images]] if study.images is not None else []
+    keys += [[im.tobytes() if im.any() else "" for im in study.images]] if study.images is not None else []
     for column in keys:
         first = {}
         for i, key in enumerate(column):
-            if key in ("", "nan"):  # an unknown patient is nobody's sibling
+            if key in ("", "nan"):  # an unknown patient is nobody's sibling, and a missing image nobody's twin
                 continue
             a, b = root(first.setdefault(key, i)), root(i)
             parent[max(a, b)] = min(a, b)
@@ -578,11 +586,39 @@ def resize(images, size):
 
 
 def _resample(old, new):
-    """[new,old] weights of a triangle filter, widened by the shrink factor; rows sum to 1."""
+    """[new,old] weights of a triangle filter, widened by the shrink factor; rows sum to 1.
+
+    They are multiples of 2^-16, so that float64 sums of products with bytes are exact: in any order, on any machine,
+    the same pixel."""
     scale = old / new
     centre = (np.arange(new) + 0.5) * scale - 0.5
     weights = np.maximum(0, 1 - np.abs(np.arange(old) - centre[:, None]) / max(scale, 1))
-    return weights / weights.sum(1, keepdims=True)
+    weights = np.rint(weights / weights.sum(1, keepdims=True) * 2**16)
+    weights[np.arange(new), weights.argmax(1)] += 2**16 - weights.sum(1)
+    return weights / 2**16
+
+
+FITS = ("squeeze", "crop", "pad")
+
+
+def square(images, fit):
+    """uint8 [N,H,W] or [N,H,W,3] made square: its centre (`crop`), black beside it (`pad`), or as it is (`squeeze`:
+    `resize` will scale each axis)."""
+    high, wide = images.shape[1:3]
+    if fit == "squeeze" or high == wide:
+        return images
+    side = min(high, wide) if fit == "crop" else max(high, wide)
+    top, left = (high - side) // 2, (wide - side) // 2
+    if fit == "crop":
+        return images[:, top : top + side, left : left + side]
+    result = np.zeros((len(images), side, side, *images.shape[3:]), np.uint8)
+    result[:, -top : high - top, -left : wide - left] = images
+    return result
+
+
+def blank(images):
+    """[N] bool: the image is all black, which stands for a missing one."""
+    return ~images.reshape(len(images), -1).any(1)
 
 
 def prepare_images(images, size, channels):

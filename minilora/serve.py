@@ -208,7 +208,10 @@ class Diagnoser:
         if value.dtype != np.uint8 or not shaped or 0 in value.shape:
             nan = ", with NaN" if value.dtype.kind == "f" and np.isnan(value).any() else ""
             raise Refused(f"{where} is {value.dtype} {list(value.shape)}{nan}; need uint8 [H,W] or [H,W,3]")
-        return data.prepare_images(value[None], self.manifest["image_size"], self.manifest["channels"])[0]
+        if not value.any():  # all black: missing, as in a study file
+            return None
+        value = data.square(value[None], self.manifest.get("fit", "squeeze"))
+        return data.prepare_images(value, self.manifest["image_size"], self.manifest["channels"])[0]
 
     def note(self, value, where):
         if not isinstance(value, str):
@@ -420,11 +423,13 @@ def fill_file(diagnoser, args, study, rows, request, probabilities):
     if synthesizer.manifest.get("seed") != diagnoser.manifest["seed"]:
         print(f"the synthesizer's split is that of seed {synthesizer.manifest.get('seed')}, the diagnoser's of "
               f"{diagnoser.manifest['seed']}: it may have been trained on some of these samples")
-    known, labels = study.labelled[rows][filled], study.labels[rows][filled]
+    known = study.labelled[rows][filled] & ~data.blank(study.images[rows][filled])  # withheld here, not missing
+    labels = study.labels[rows][filled]
     draws = max(16, args.draws) if known.any() else args.draws  # the comparison wants 16
     each = fill_in(diagnoser, synthesizer, notes, numeric, draws, args.steps, args.guidance)
     if known.any():
-        true = diagnoser.predict(list(study.images[rows][filled]), notes, **numeric)
+        images = [im if k else None for im, k in zip(study.images[rows][filled], known)]
+        true = diagnoser.predict(images, notes, **numeric)
         print(f"{int(known.sum())} labelled samples whose image was withheld, by words alone, by drawn images "
               f"({args.steps} steps, guidance {args.guidance:g}), and by the true image:")
         compared = {"words only": probabilities[filled], **{f"{k} drawn": each[:k].mean(0) for k in (1, 4, 16)},
