@@ -190,11 +190,12 @@ class Study:
         return Study(**self.__dict__ | {k: cut(v) for k, v in self.__dict__.items() if k in perrow and v is not None})
 
 
-def load_study(path, synthetic_notes=False, classes=None):
+def load_study(path, synthetic_notes=False, classes=None, training=True):
     """Read a study file (design of the fields: `Study`) or one of MedMNIST's own files, whose splits are kept.
 
     Any float array `<name>` [N,F] that comes with `<name>_names` is a numeric modality. Raises `Refused` naming the
-    file and the fault. `synthetic_notes` attaches templated reports to a file without notes (see `attach_notes`)."""
+    file and the fault. `synthetic_notes` attaches templated reports to a file without notes (see `attach_notes`).
+    `classes`: of the model that is to predict on it. training=False: labels may be missing."""
     z = read_npz(path)
     fixed_split = None
     squeezed = lambda labels: labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
@@ -215,7 +216,7 @@ def load_study(path, synthetic_notes=False, classes=None):
                               f"{', '.join(str(p.shape) for p in parts)}")
             z[what] = np.concatenate(parts)
         z = {"images": z["images"], "labels": z["labels"]}
-    if "labels" not in z and classes is None:
+    if "labels" not in z and training:
         raise Refused(f"{path}: key 'labels' is missing")
     if "format" in z and (z["format"].size != 1 or str(z["format"].item()) != "1"):
         raise Refused(f"{path}: format {z['format']} is not known; this version reads format 1")
@@ -246,7 +247,7 @@ def load_study(path, synthetic_notes=False, classes=None):
                   patients=z.get("patients"), fixed_split=fixed_split, synthetic=flag("synthetic"),
                   synthetic_notes=flag("synthetic_notes"), fit=fit)
     try:
-        _checked(study, need_every_sample=not synthetic_notes, training=classes is None)
+        _checked(study, need_every_sample=not synthetic_notes, training=training)
     except Refused as error:
         raise Refused(f"{path}: {error}") from None
     study.images = None if study.images is None else square(study.images, fit)
@@ -254,8 +255,11 @@ def load_study(path, synthetic_notes=False, classes=None):
 
 
 def save_study(path, study):
-    """Write a study file that `load_study` reads back; equal studies give equal bytes."""
-    arrays = {"format": np.int64(1), "labels": study.labels, "class_names": np.array(study.class_names)}
+    """Write a study file that `load_study` reads back; equal studies give equal bytes. Without any label, none are
+    kept: such a file is to predict on."""
+    arrays = {"format": np.int64(1)}
+    if study.labelled.any():
+        arrays |= {"labels": study.labels, "class_names": np.array(study.class_names)}
     arrays |= {k: np.int64(1) for k in ("synthetic", "synthetic_notes") if getattr(study, k)}
     arrays |= {"fit": np.array(study.fit)} if study.fit != "squeeze" else {}
     arrays |= {k: v for k, v in (("images", study.images), ("notes", study.notes), ("patients", study.patients))

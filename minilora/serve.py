@@ -208,10 +208,9 @@ class Diagnoser:
         if value.dtype != np.uint8 or not shaped or 0 in value.shape:
             nan = ", with NaN" if value.dtype.kind == "f" and np.isnan(value).any() else ""
             raise Refused(f"{where} is {value.dtype} {list(value.shape)}{nan}; need uint8 [H,W] or [H,W,3]")
-        if not value.any():  # all black: missing, as in a study file
-            return None
-        value = data.square(value[None], self.manifest.get("fit", "squeeze"))
-        return data.prepare_images(value, self.manifest["image_size"], self.manifest["channels"])[0]
+        squared = data.square(value[None], self.manifest.get("fit", "squeeze"))
+        prepared = data.prepare_images(squared, self.manifest["image_size"], self.manifest["channels"])[0]
+        return prepared if value.any() else None  # all black: missing, as in a study file
 
     def note(self, value, where):
         if not isinstance(value, str):
@@ -341,33 +340,6 @@ def golden_selora(synthesizer, golden, device):
         yield "denoise", lambda rows: session.run(["eps"], {k: g[k][rows] for k in ("z", "t", "ids")}), [g["eps"]]
 
 
-def read_image(path):
-    """uint8 [H,W] or [H,W,3] of a picture (through the `pictures` extra) or of an .npy array."""
-    path = Path(path)
-    if not path.is_file():
-        raise Refused(f"{path}: no such file")
-    if path.suffix == ".npy":
-        try:
-            array = np.load(path, allow_pickle=False)
-            if isinstance(array, np.ndarray):
-                return array
-            raise ValueError("an archive, not an array")
-        except (ValueError, EOFError, OSError) as error:
-            raise Refused(f"{path}: not a readable .npy array ({error})") from None
-    try:
-        from PIL import Image
-    except ImportError:
-        raise Refused(f"{path}: reading pictures needs Pillow: pip install 'minilora[pictures]' "
-                      "(or give an .npy array)") from None
-    try:
-        with Image.open(path) as picture:
-            if picture.mode.startswith(("I", "F")):  # Pillow would clip it to 8 bits, not scale it
-                raise ValueError(f"mode {picture.mode}: more than 8 bits a pixel; convert it to 8-bit grey first")
-            return np.asarray(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
-    except Exception as error:  # Pillow raises many types for a file that is no picture
-        raise Refused(f"{path}: not a readable picture ({error})") from None
-
-
 def chosen_rows(study, args):
     """(row indices, presence [n,M]) of a study file: all of it, or the test part of a run's split with its table."""
     have = study.have()
@@ -444,7 +416,7 @@ def fill_file(diagnoser, args, study, rows, request, probabilities):
 def predict_file(diagnoser, args):
     """Probabilities of a study file's rows: metrics to stdout, one line per sample to --out."""
     classes = diagnoser.classes
-    study = data.load_study(args.data, args.synthetic_notes, classes)
+    study = data.load_study(args.data, args.synthetic_notes, classes, training=False)
     names = [m for m in study.modalities if m in diagnoser.modalities]
     for name in names:
         if study.columns.get(name, []) != diagnoser.numeric.get(name, {"columns": []})["columns"]:
@@ -541,10 +513,11 @@ def predict_one(diagnoser, args, columns):
     if args.note is not None:
         request["notes"] = [args.note]
     if args.image:
-        image = read_image(args.image)
-        if image.dtype == np.uint8 and image.shape[2:] == (3,) and diagnoser.manifest["channels"] == 1:
-            image = np.rint(image @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)  # ITU-R 601, as Pillow's "L"
-        request["images"] = [image]
+        from minilora.studies import grey, read_picture  # only here: most requests have no file to read
+
+        colour = diagnoser.manifest["channels"] == 3
+        image = read_picture(args.image, colour)
+        request["images"] = [image if colour else grey(image)]
     if args.synthesizer and not args.image and (args.note or "").strip():
         print(f"image: {args.draws} drawn from the words by {args.synthesizer}, probabilities averaged")
         synthesizer = Synthesizer(args.synthesizer, args.device)
