@@ -78,6 +78,7 @@ class Config:
     compile: bool = False  # torch.compile the adaptation step.
     resume: bool = False  # Go on with the run in --out, or show it again if it is finished.
     dry_run: bool = False  # Print counts, parameters, memory and an estimate of time, and stop.
+    tensorboard: bool = False  # Show log.jsonl as TensorBoard events too, in the run folder (pip install tensorboard).
 
 
 # -------------------------------------------------------------------------------------------------------- the two loops
@@ -667,7 +668,7 @@ def run(cfg, stop):
     if study.synthetic and not cfg.data and checkpoint.leader():  # a file for `export.py predict --data`
         data.save_study(cfg.out / "phantoms.npz", study)
     ctx = {"device": device, "study": study, "drawn": drawn, "vit": vit_config, "base": base["state"], "stop": stop,
-           "log": checkpoint.Log(cfg.out / "log.jsonl")}
+           "log": checkpoint.Log(cfg.out / "log.jsonl", cfg.tensorboard and cfg.out / "tensorboard")}
     picked, results = {}, {method: [] for method in cfg.methods}
     for seed in range(cfg.seeds):  # seed by seed: the first whole comparison is there early
         for method in cfg.methods:

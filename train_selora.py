@@ -90,6 +90,7 @@ class Config:
     compile: bool = False  # torch.compile the adaptation step, once: growth does not compile again.
     resume: bool = False  # Go on with the run in --out, or show it again if it is finished.
     dry_run: bool = False  # Print counts, parameters, memory and an estimate of time, and stop.
+    tensorboard: bool = False  # Show log.jsonl as TensorBoard events too, in the run folder (pip install tensorboard).
 
 
 # ------------------------------------------------------------------------------------------------------------- the base
@@ -810,7 +811,7 @@ def run(cfg, stop):
         data.write_atomic(cfg.out / f"split-s{seed}.npz", data.npz_bytes(rows))
     ctx = prepare(cfg, config, source, target, device, stop) | {
         "target": target, "parts": parts, "replay": replay, "judge": {}, "stop": stop,
-        "log": checkpoint.Log(cfg.out / "log.jsonl")}
+        "log": checkpoint.Log(cfg.out / "log.jsonl", cfg.tensorboard and cfg.out / "tensorboard")}
     results = {job["name"]: [] for job in jobs}
     for seed in range(cfg.seeds):  # seed by seed: the first whole comparison is there early
         if vit:

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ import zipfile
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, replace
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +99,7 @@ def open_run(cfg):
     """Make the run folder `cfg.out`, or go on in it; returns what config.json holds, the run's identity.
 
     `Refused` if the folder holds another configuration, or the same one and `cfg.resume` is off."""
-    identity = {k: v for k, v in asdict(cfg).items() if k not in ("out", "resume", "dry_run", "device")}
+    identity = {k: v for k, v in asdict(cfg).items() if k not in ("out", "resume", "dry_run", "device", "tensorboard")}
     for key in ("data", "source"):  # a run belongs to its files' content, not to their place
         path = identity[key]
         identity[key] = {"name": path.name, "sha256": sha256(path)} if path else None
@@ -133,6 +135,8 @@ def guarded(run, cfg, presets):
     with one_line_errors():
         try:
             cfg = with_preset(cfg, presets)
+            if cfg.tensorboard and not find_spec("tensorboard"):
+                raise Refused("--tensorboard needs a package that is not here: pip install tensorboard")
             with Stopper() as stop, processes(pick_device(cfg.device)):
                 own_part([], cfg.batch)  # refused now rather than after the base is pretrained
                 run(cfg, stop)
@@ -162,10 +166,13 @@ def pick_device(name):
 
 
 class Log:
-    """log.jsonl: one JSON object a line. `size` goes into a checkpoint; `cut` takes the file back to it on resume."""
+    """log.jsonl: one JSON object a line. `size` goes into a checkpoint; `cut` takes the file back to it on resume.
 
-    def __init__(self, path):
-        self.path = Path(path)
+    tensorboard: a folder that shows the same numbers as TensorBoard events, made anew from the file at the first write.
+    """
+
+    def __init__(self, path, tensorboard=None):
+        self.path, self.tensorboard, self.events = Path(path), tensorboard, None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
 
@@ -182,6 +189,21 @@ class Log:
         if leader():
             with open(self.path, "a") as f:
                 f.write(json.dumps(entry) + "\n")
+            if self.tensorboard:
+                self.show(entry)
+
+    def show(self, entry):
+        entries = [entry]
+        if self.events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            shutil.rmtree(self.tensorboard, ignore_errors=True)  # it only repeats what log.jsonl says
+            self.events = SummaryWriter(self.tensorboard)
+            entries = [json.loads(line) for line in self.path.read_text().splitlines()]
+        for e in entries:
+            for key in {*e} - {"method", "rule", "seed", "step"}:
+                self.events.add_scalar(f"{key}/{e['method']}-s{e['seed']}", e[key], e["step"])
+        self.events.flush()
 
 
 class Progress:

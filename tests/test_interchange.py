@@ -159,6 +159,41 @@ def test_mora_around_block_0_of_transformers_vilt(tmp_path):
         assert abs(session.run(None, {"x": x.numpy()})[0] - block.mora(x).detach().numpy()).max() < 1e-5
 
 
+def test_mora_in_a_torchvision_vit_with_images_alone(tmp_path):
+    try:  # no extra brings it: a build for CUDA beside torch's CPU build breaks the import of transformers too
+        import torchvision
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"torchvision is not here, or not of torch's build ({error})")
+    import onnxruntime
+
+    from minilora.mora import FoldedMoRA, MoRA, MoRABlock
+
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(image_size=16, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=2).eval()
+    x, labels = torch.randn(6, 3, 16, 16), torch.tensor([0, 1] * 3)
+    before = model(x).detach()
+    model.requires_grad_(False)
+    blocks = model.encoder.layers
+    blocks[0] = MoRABlock(blocks[0], MoRA(16, ("image",), rank=2))
+    blocks[0].present = torch.ones(6, 1)
+    model.heads.requires_grad_(True)
+    assert torch.equal(model(x), before)  # the up is zero
+    optimizer, losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05), []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0] and blocks[0].mora.up.abs().max() > 0
+    wanted = model(x).detach()
+    blocks[0].mora = FoldedMoRA(blocks[0].mora, torch.ones(1))
+    assert torch.allclose(model(x), wanted, atol=1e-6)
+    torch.onnx.export(model, (x,), tmp_path / "vit.onnx", input_names=["image"], dynamo=False, opset_version=17)
+    session = onnxruntime.InferenceSession(tmp_path / "vit.onnx", providers=["CPUExecutionProvider"])
+    assert abs(session.run(None, {"image": x.numpy()})[0] - wanted.numpy()).max() < 1e-5
+
+
 def test_kohya_file(tmp_path):
     load_file = pytest.importorskip("safetensors.torch").load_file
     model = grown()

@@ -290,3 +290,23 @@ def test_real_files_run_to_the_end(tmp_path, monkeypatch, capsys, argv):
     said = capsys.readouterr().out
     assert ("synthetic notes" in said) == ("--synthetic-notes" in argv) and "MoRA" in said
     assert (tmp_path / "r/model.pt").exists() and not (tmp_path / "r/phantoms.npz").exists()
+
+
+def test_the_log_opens_in_pandas_and_in_tensorboard(tmp_path, monkeypatch, refused):
+    pandas = pytest.importorskip("pandas", reason="pandas is in the bench extra")
+    pytest.importorskip("tensorboard", reason="tensorboard is in the bench extra")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    log = checkpoint.Log(tmp_path / "log.jsonl", tmp_path / "events")
+    for step in (10, 20, 30):
+        log.write(method="mora", seed=0, lr=0.01, step=step, loss=1 / step)
+    resumed = checkpoint.Log(tmp_path / "log.jsonl", tmp_path / "events")
+    resumed.cut(sum(map(len, log.path.read_bytes().splitlines(keepends=True)[:2])))  # as a run that goes on after step 20: what came later is in neither
+    resumed.write(method="mora", seed=0, lr=0.01, step=30, loss=2.0)
+    frame = pandas.read_json("log.jsonl", lines=True)
+    assert list(frame.step) == [10, 20, 30] and list(frame.loss) == [0.1, 0.05, 2.0] and list(frame.columns) == ["method", "seed", "lr", "step", "loss"]
+    events = EventAccumulator("events").Reload()
+    assert [(e.step, round(e.value, 6)) for e in events.Scalars("loss/mora-s0")] == [(10, 0.1), (20, 0.05), (30, 2.0)]
+    monkeypatch.setattr(checkpoint, "find_spec", lambda name: None)
+    assert "--tensorboard needs a package that is not here: pip install tensorboard" in refused(train_mora.main, *TINY, "--out", "run", "--tensorboard")
