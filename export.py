@@ -143,7 +143,10 @@ def chosen_adapter(run, saved, method, seed):
     if not path.is_file():
         there = sorted(p.stem for p in path.parent.glob("*.pt"))
         raise Refused(f"{path}: no such adapter; this run has {', '.join(there)}")
-    return checkpoint.load(path, f"{saved['kind']} adapter")
+    adapter = checkpoint.load(path, f"{saved['kind']} adapter")
+    if (adapter["method"], adapter["seed"]) != (method, seed):
+        raise Refused(f"{path}: holds '{adapter['method']}' of seed {adapter['seed']}; its file was changed")
+    return adapter
 
 
 # ----------------------------------------------------------------------------------------------------------------- MoRA

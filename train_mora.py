@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import tyro
 
 from minilora import checkpoint, data, metrics
-from minilora.checkpoint import finite, on, restore, resume_state, rows_at, warm_cosine
+from minilora.checkpoint import Watch, on, restore, resume_state, rows_at, warm_cosine
 from minilora.data import Refused
 from minilora.mora import METHODS, adapter_parameters, attach, branch_ranks, gates
 from minilora.vit import ViT
@@ -91,7 +91,7 @@ def pretrain(cfg, source, vit_config, device, path, stop):
     interrupted pretraining goes on from its .last.pt.
     """
     if path.exists():
-        return checkpoint.load(path, "base")
+        return checkpoint.load(path, "base", path.stem)
     scales = numeric_scales(source, np.arange(len(source)))
     inputs = on(device, data.model_inputs(source, *input_sizes(vit_config), scales))
     targets = on(device, source.attributes)
@@ -103,15 +103,15 @@ def pretrain(cfg, source, vit_config, device, path, stop):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(cfg.pretrain_steps))
     last, start = path.with_suffix(".last.pt"), 0
     if last.exists():
-        start = restore(checkpoint.load(last, "resume"), model, optimizer, schedule)
+        start = restore(checkpoint.load(last, "resume", path.stem), model, optimizer, schedule)
     rows_of = lambda step: rows_at(0, step, len(source), cfg.batch)
     progress = checkpoint.Progress("pretrain", cfg.pretrain_steps, start)
 
     def keep(done):
-        finite(losses[start:done], start, "pretraining", rows_of)  # weights that are NaN are not kept
-        checkpoint.save(last, resume_state(model, optimizer, schedule, done))
+        watch.checked(done)  # weights that are NaN are not kept
+        checkpoint.save(last, resume_state(model, optimizer, schedule, done) | {"of": path.stem})
 
-    losses = torch.zeros(cfg.pretrain_steps, device=device)
+    watch = Watch("pretraining", cfg.pretrain_steps, start, model, rows_of, device)
     present = torch.ones(cfg.batch, len(vit.modalities), device=device)
     for step in range(start, cfg.pretrain_steps):
         rows = torch.from_numpy(rows_of(step)).to(device)
@@ -119,17 +119,19 @@ def pretrain(cfg, source, vit_config, device, path, stop):
         features = vit.features({m: x[rows] for m, x in inputs.items()}, present)
         loss = sum(known_loss(reader(features), targets[k][rows]) for k, reader in readers.items())
         loss.backward()
+        watch.note(step, loss)
         optimizer.step()
         schedule.step()
-        losses[step] = loss.detach()
         if progress.due(step + 1):
-            progress.show(step + 1, f"loss {finite(losses[start : step + 1], start, 'pretraining', rows_of)[-1]:.3f}")
+            progress.show(step + 1, f"loss {watch.checked(step + 1)[-1]:.3f}")
         stop.after(step + 1, SAVE_EVERY, keep)
+    watch.checked(cfg.pretrain_steps)
     state = {k: v.cpu() for k, v in vit.state_dict().items() if not k.startswith("head.")}
-    content = {"format": 1, "kind": "base", "config": vit_config, "state": state, "readers": readers.state_dict()}
+    content = {"format": 1, "kind": "base", "of": path.stem, "config": vit_config, "state": state,
+               "readers": readers.state_dict()}
     checkpoint.save(path, content)
     last.unlink(missing_ok=True)
-    return checkpoint.load(path, "base")
+    return checkpoint.load(path, "base", path.stem)
 
 
 def adapt(cfg, model, method, seed, lr, task, device, log, last, stop):
@@ -139,18 +141,23 @@ def adapt(cfg, model, method, seed, lr, task, device, log, last, stop):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(cfg.steps))
     compiled = torch.compile(model) if cfg.compile else model
     job, start, began = f"{method}-s{seed}-{lr:g}", 0, time.monotonic()
-    losses = torch.zeros(cfg.steps, device=device)
     saved = checkpoint.load(last, "resume") if last.exists() else {}
     if saved.get("job") == job:
         start, began = restore(saved, model, optimizer, schedule), began - saved["seconds"]
-        losses[:start] = saved["losses"]
         log.cut(saved["log"])
-    keep = lambda done: checkpoint.save(last, resume_state(model, optimizer, schedule, done) | {
-        "job": job, "seconds": time.monotonic() - began, "log": log.size, "losses": losses[:done].cpu()})
-    if not start:
-        keep(0)  # from here on a killed run knows where its log ends
     rows_of = lambda step: task["train"][rows_at(seed, step, len(task["train"]), cfg.batch)]
     progress = checkpoint.Progress(f"{method} s{seed} lr {lr:g}", cfg.steps, start)
+    watch = Watch(job, cfg.steps, start, model, rows_of, device)
+    if start:
+        watch.losses[:start] = saved["losses"]
+
+    def keep(done):
+        watch.checked(done)
+        checkpoint.save(last, resume_state(model, optimizer, schedule, done) | {
+            "job": job, "seconds": time.monotonic() - began, "log": log.size, "losses": watch.losses[:done]})
+
+    if not start:
+        keep(0)  # from here on a killed run knows where its log ends
     half = torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp)
     for step in range(start, cfg.steps):
         # indexed by step: a resumed run draws the same, and several processes each take a part of it
@@ -162,17 +169,17 @@ def adapt(cfg, model, method, seed, lr, task, device, log, last, stop):
             loss = diagnosis_loss(logits, task["labels"][rows])
         loss.backward()
         sent = checkpoint.average([p.grad for p in trainable if p.grad is not None])
+        watch.note(step, loss)
         optimizer.step()
         schedule.step()
-        losses[step] = loss.detach()
         done = step + 1
         if done % LOG_EVERY == 0 or done == cfg.steps:
             first = max(0, done - LOG_EVERY)
-            checkpoint.average([losses[first:done]])
-            mean = float(finite(losses[first:done], first, job, rows_of).mean())
+            checkpoint.average([watch.losses[first:done]])
+            mean = float(watch.checked(done, first).mean())
             log.write(method=method, seed=seed, lr=lr, step=done, loss=round(mean, 6))
         if progress.due(done):
-            text = f"loss {finite(losses[start:done], start, job, rows_of)[-1]:.3f}"
+            text = f"loss {watch.checked(done)[-1]:.3f}"
             progress.show(done, text + f"  {sent:,} bytes sent" * bool(sent))
         stop.after(done, SAVE_EVERY, keep)
     return time.monotonic() - began
@@ -372,7 +379,7 @@ def run_job(cfg, ctx, method, seed, lr, path):
     """Adapt and evaluate one (method, seed, lr), or read its finished file; returns the file's content."""
     checkpoint.wait()
     if path.exists():
-        return checkpoint.load(path, "mora adapter")
+        return checkpoint.load(path, "mora adapter", f"{method}-s{seed}-{lr:g}")
     device, study, drawn = ctx["device"], ctx["study"], ctx["drawn"][seed]
     if ctx.get("task_seed") != seed:  # one seed's tensors at a time
         ctx.update(task=load_task(study, drawn, cfg.missing, ctx["vit"], device), task_seed=seed)
@@ -399,8 +406,8 @@ def run_job(cfg, ctx, method, seed, lr, path):
             patterns[name] = {"n": int(here.sum()), "accuracy": metrics.scores(labels[rows][here], p[here])["accuracy"]}
         result["by_test"][text] = metrics.scores(labels[rows], p) | {"by_pattern": patterns}
     keep = {n for n, p in model.named_parameters() if p.requires_grad or n.startswith(("pooler.", "head."))}
-    content = {"format": 1, "kind": "mora adapter", "method": method, "seed": seed, "lr": lr, "rank": cfg.rank,
-               "counts": count(model), "result": result,
+    content = {"format": 1, "kind": "mora adapter", "of": f"{method}-s{seed}-{lr:g}", "method": method, "seed": seed,
+               "lr": lr, "rank": cfg.rank, "counts": count(model), "result": result,
                "state": {n: p.detach().cpu() for n, p in model.named_parameters() if n in keep},
                "scales": {m: [s.tolist() for s in pair] for m, pair in drawn["scales"].items()}}
     return checkpoint.finished(cfg.out, path, content, {f"{method}-s{seed}-{lr:g}": round(seconds, 3)})
@@ -656,7 +663,7 @@ def run(cfg, stop):
         d |= draw_studies(cfg, study, d, seed, device)
         print(f"seed {seed}: {len(d['source'])} synthetic studies beside {len(d['parts']['train'])} real ones")
     identity = checkpoint.open_run(cfg)
-    base_hash = data.digest({"format": 2, "vit": base_config, "source": data.fingerprint(source), "batch": cfg.batch,
+    base_hash = data.digest({"format": 3, "vit": base_config, "source": data.fingerprint(source), "batch": cfg.batch,
                              "steps": cfg.pretrain_steps})[:16]
     path = Path(f"runs/base/vit-{base_hash}.pt")
     base = checkpoint.first(partial(pretrain, cfg, source, base_config, device, path, stop))

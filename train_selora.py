@@ -22,7 +22,7 @@ import torch
 import tyro
 
 from minilora import checkpoint, data, diffusion, metrics, selora
-from minilora.checkpoint import finite, restore, resume_state, rows_at, warm_cosine
+from minilora.checkpoint import Watch, restore, resume_state, rows_at, warm_cosine
 from minilora.data import Refused
 from minilora.unet import Denoiser
 from minilora.vae import VAE, augment, vae_loss
@@ -101,20 +101,21 @@ def train_vae(cfg, images, device, path, stop):
     channels = images.shape[1]
     vae = VAE(cfg.image_size, channels, cfg.latent, cfg.factor, cfg.vae_width)
     if path.exists():
-        vae.load_state_dict(checkpoint.load(path, "vae")["state"])
+        vae.load_state_dict(checkpoint.load(path, "vae", path.stem)["state"])
         return vae.to(device).requires_grad_(False)
     torch.manual_seed(0)
     vae = VAE(**vae.config).to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=4e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(cfg.vae_steps))
-    last, losses = path.with_suffix(".last.pt"), torch.zeros(cfg.vae_steps, device=device)
-    start = restore(checkpoint.load(last, "resume"), vae, optimizer, schedule) if last.exists() else 0
+    last = path.with_suffix(".last.pt")
+    start = restore(checkpoint.load(last, "resume", path.stem), vae, optimizer, schedule) if last.exists() else 0
     progress = checkpoint.Progress("autoencoder", cfg.vae_steps, start)
     rows_of = lambda step: rows_at(1, step, len(images), 64)
+    watch = Watch("autoencoder", cfg.vae_steps, start, vae, rows_of, device)
 
     def keep(done):
-        finite(losses[start:done], start, "autoencoder", rows_of)  # weights that are NaN are not kept
-        checkpoint.save(last, resume_state(vae, optimizer, schedule, done))
+        watch.checked(done)  # weights that are NaN are not kept
+        checkpoint.save(last, resume_state(vae, optimizer, schedule, done) | {"of": path.stem})
 
     for step in range(start, cfg.vae_steps):
         generator = torch.Generator(device).manual_seed(step)
@@ -123,14 +124,16 @@ def train_vae(cfg, images, device, path, stop):
         optimizer.zero_grad()
         reconstruction, _, loss = vae_loss(vae, x, noise, kl=1e-4)
         loss.backward()
+        watch.note(step, reconstruction)
         optimizer.step()
         schedule.step()
-        losses[step] = reconstruction.detach()
         if progress.due(step + 1):
-            progress.show(step + 1, f"error {finite(losses[start : step + 1], start, 'autoencoder', rows_of)[-1]:.4f}")
+            progress.show(step + 1, f"error {watch.checked(step + 1)[-1]:.4f}")
         stop.after(step + 1, SAVE_EVERY, keep)
+    watch.checked(cfg.vae_steps)
     vae.measure(images[:2000])
-    checkpoint.save(path, {"format": 1, "kind": "vae", "config": vae.config, "state": vae.state_dict()})
+    checkpoint.save(path, {"format": 1, "kind": "vae", "of": path.stem, "config": vae.config,
+                           "state": vae.state_dict()})
     last.unlink(missing_ok=True)
     return vae.requires_grad_(False)
 
@@ -138,42 +141,45 @@ def train_vae(cfg, images, device, path, stop):
 def pretrain(cfg, config, z, ids, alphas, device, path, stop):
     """The state of the denoiser's running average after training on the source's latents and words."""
     if path.exists():
-        return checkpoint.load(path, "denoiser")["state"]
+        return checkpoint.load(path, "denoiser", path.stem)["state"]
     torch.manual_seed(0)
     model = Denoiser(**config).to(device)
     average = copy.deepcopy(model).requires_grad_(False)
     both = torch.nn.ModuleDict({"model": model, "average": average})
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(cfg.pretrain_steps))
-    last, losses = path.with_suffix(".last.pt"), torch.zeros(cfg.pretrain_steps, device=device)
-    start = 0
+    last, start = path.with_suffix(".last.pt"), 0
     if last.exists():
-        saved = checkpoint.load(last, "resume")
+        saved = checkpoint.load(last, "resume", path.stem)
         start = restore(saved, both, optimizer, schedule)
         average.load_state_dict(saved["average"])
     progress = checkpoint.Progress("denoiser", cfg.pretrain_steps, start)
     rows_of = lambda step: rows_at(2, step, len(z), cfg.batch)
+    watch = Watch("denoiser", cfg.pretrain_steps, start, model, rows_of, device)
 
     def keep(done):
-        finite(losses[start:done], start, "denoiser", rows_of)
-        checkpoint.save(last, resume_state(both, optimizer, schedule, done) | {"average": average.state_dict()})
+        watch.checked(done)
+        checkpoint.save(last, resume_state(both, optimizer, schedule, done) | {
+            "of": path.stem, "average": average.state_dict()})
 
     for step in range(start, cfg.pretrain_steps):
         rows, t, noise, words = drawn_at(2, step, cfg, z, ids, alphas, np.arange(len(z)))
         optimizer.zero_grad()
         loss = diffusion.denoising_loss(model, z[rows], words, t, noise, alphas)
         loss.backward()
+        watch.note(step, loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         diffusion.ema_update(average, model, min(0.99, (step + 1) / (step + 10)))
-        losses[step] = loss.detach()
         if progress.due(step + 1):
-            progress.show(step + 1, f"loss {finite(losses[start : step + 1], start, 'denoiser', rows_of)[-1]:.3f}")
+            progress.show(step + 1, f"loss {watch.checked(step + 1)[-1]:.3f}")
         stop.after(step + 1, SAVE_EVERY, keep)
-    checkpoint.save(path, {"format": 1, "kind": "denoiser", "config": config, "state": average.state_dict()})
+    watch.checked(cfg.pretrain_steps)
+    checkpoint.save(path, {"format": 1, "kind": "denoiser", "of": path.stem, "config": config,
+                           "state": average.state_dict()})
     last.unlink(missing_ok=True)
-    return checkpoint.load(path, "denoiser")["state"]
+    return checkpoint.load(path, "denoiser", path.stem)["state"]
 
 
 # ----------------------------------------------------------------------------------------------------------- the lesson
@@ -190,24 +196,31 @@ def adapt(cfg, ctx, model, job, seed):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(cfg.steps))
     compiled = torch.compile(model) if cfg.compile else model
     name, start, began = f"{job['name']} s{seed}", 0, time.monotonic()
-    losses, history = torch.zeros(cfg.steps, device=z.device), [[0, ranks_of(model)]]
+    history = [[0, ranks_of(model)]]
     saved = checkpoint.load(last, "resume") if last.exists() else {}
     if saved.get("job") == name:
         start, began, history = restore(saved, model, optimizer, schedule), began - saved["seconds"], saved["history"]
         for path, layer in selora.adapters(model).items():
             layer.rank = history[-1][1][path]
-        losses[:start] = saved["losses"]
         log.cut(saved["log"])
-    keep = lambda done: checkpoint.save(last, resume_state(model, optimizer, schedule, done) | {
-        "job": name, "seconds": time.monotonic() - began, "log": log.size, "losses": losses[:done], "history": history})
-    if not start:
-        keep(0)  # from here on a killed run knows where its log ends
     rows_of = lambda step: train[rows_at(seed, step, len(train), cfg.batch)]
     progress, probes = checkpoint.Progress(name, cfg.steps, start), probe_steps(cfg, rule, job["rank"])
     floor = sum(selora.adapter_cost(layer) * history[0][1][n] for n, layer in selora.adapters(model).items())
     fisher = cfg.fisher if rule in ("ratio", "gain") else ""  # the other rules read no scores
     expected = rule == "gain" or cfg.ratio_of == "expected"
     half = torch.autocast(z.device.type, torch.bfloat16, enabled=cfg.amp)
+    watch = Watch(name, cfg.steps, start, model, rows_of, z.device)
+    if start:
+        watch.losses[:start] = saved["losses"]
+
+    def keep(done):
+        watch.checked(done)
+        checkpoint.save(last, resume_state(model, optimizer, schedule, done) | {
+            "job": name, "seconds": time.monotonic() - began, "log": log.size, "losses": watch.losses[:done],
+            "history": history})
+
+    if not start:
+        keep(0)  # from here on a killed run knows where its log ends
     for step in range(start, cfg.steps):
         drawn = drawn_at(seed, step, cfg, z, ids, alphas, train)
         rows, t, noise, words = (checkpoint.own_part(x, cfg.batch) for x in drawn)  # this process's part
@@ -220,9 +233,10 @@ def adapt(cfg, ctx, model, job, seed):
             loss = each.mean()
             loss.backward()  # one backward: gradients and Fisher information
         sent = checkpoint.average([p.grad for p in trainable if p.grad is not None])
+        watch.note(step, loss)
         if step in probes:
-            finite(each.detach().mean()[None], step, name, rows_of)  # before a rule reads NaN
-            scores = averaged(probe.scores() if probe else scores, z.device)
+            watch.checked(step + 1, step)  # before a rule reads NaN
+            scores = watch.scores(step, averaged(probe.scores() if probe else scores or {}, z.device))
             share = (probes.index(step) + 1) / len(probes)  # the budget is opened step by step
             allowed = None if rule == "ratio" else round(floor + share * (budget - floor))
             generator = torch.Generator().manual_seed(1000 * seed + step)
@@ -230,15 +244,15 @@ def adapt(cfg, ctx, model, job, seed):
                 history.append([step, ranks_of(model)])  # nothing else changes: same tensors, same output
         optimizer.step()
         schedule.step()
-        losses[step], done = loss.detach(), step + 1
+        done = step + 1
         if done % LOG_EVERY == 0 or done == cfg.steps:
             first = max(0, done - LOG_EVERY)
-            checkpoint.average([losses[first:done]])
-            mean = float(finite(losses[first:done], first, name, rows_of).mean())
+            checkpoint.average([watch.losses[first:done]])
+            mean = float(watch.checked(done, first).mean())
             log.write(method=job["name"], rule=rule, seed=seed, step=done, loss=round(mean, 6),
                       adapter_params=selora.adapter_parameters(model))
         if progress.due(done):
-            text = f"loss {finite(losses[start:done], start, name, rows_of)[-1]:.3f}"
+            text = f"loss {watch.checked(done)[-1]:.3f}"
             text += f"  adapter parameters {selora.adapter_parameters(model):,}" + f"  {sent:,} bytes sent" * bool(sent)
             progress.show(done, text)
         if cfg.sample_every and done % cfg.sample_every == 0 and done < cfg.steps and checkpoint.leader():
@@ -347,7 +361,7 @@ def run_job(cfg, ctx, job, seed):
     path = cfg.out / f"adapters/{job['name'].replace(' ', '-')}-s{seed}.pt"
     checkpoint.wait()
     if path.exists():
-        content = checkpoint.load(path, "selora adapter")
+        content = checkpoint.load(path, "selora adapter", f"{job['name']} s{seed}")
         if content["base_hash"] != ctx["base_hash"]:
             raise Refused(f"{path}: an adapter for base {content['base_hash']}, not {ctx['base_hash']}")
         return content
@@ -367,8 +381,9 @@ def run_job(cfg, ctx, job, seed):
         result |= judged(cfg, ctx, model, seed)
     state = selora.adapter_state(model) if rule not in REFERENCES else model.state_dict() if rule == "full" else {}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) * (rule != "unadapted")
-    content = {"format": 1, "kind": "selora adapter", "method": job["name"], "rule": rule, "seed": seed, "state": state,
-               "ranks": history[-1][1], "history": history, "result": result, "trainable_params": trainable,
+    content = {"format": 1, "kind": "selora adapter", "of": f"{job['name']} s{seed}", "method": job["name"],
+               "rule": rule, "seed": seed, "state": state, "ranks": history[-1][1], "history": history,
+               "result": result, "trainable_params": trainable,
                "adapter_params": selora.adapter_parameters(model), "base_hash": ctx["base_hash"]}
     return checkpoint.finished(cfg.out, path, content, {f"{job['name']}-s{seed}": round(seconds, 3)})
 
@@ -754,7 +769,8 @@ def prepare(cfg, config, source, target, device, stop):
               for k, s in (("source", source), ("target", target))}
     words = {k: torch.from_numpy(data.tokenize(s.notes, cfg.buckets, cfg.positions)).to(device)
              for k, s in (("source", source), ("target", target))}
-    fixed = [data.fingerprint(source), channels, cfg.image_size, cfg.latent, cfg.factor, cfg.vae_width, cfg.vae_steps]
+    fixed = [2, data.fingerprint(source), channels, cfg.image_size, cfg.latent, cfg.factor, cfg.vae_width,
+             cfg.vae_steps]
     path = Path(f"runs/base/vae-{data.digest(fixed)[:16]}.pt")
     vae = checkpoint.first(partial(train_vae, cfg, images["source"], device, path, stop))
     z = {k: latents(vae, x) for k, x in images.items()}

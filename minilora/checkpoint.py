@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -47,15 +48,18 @@ def save(path, content):
         write_atomic(path, buffer.getvalue())
 
 
-def load(path, kind=None):
-    """Read what `save` wrote, to the CPU. `Refused` if it is missing, cut, has a flipped bit, holds code, or is not of
-    `kind`.
+def load(path, kind=None, of=None):
+    """Read what `save` wrote, to the CPU. `Refused` if it is missing, cut, has a flipped bit, holds code, is not of
+    `kind`, or its own 'of' says that it belongs elsewhere: files that changed places.
     """
     path = Path(path)
     if not path.is_file():
         raise Refused(f"{path}: no such file")
     try:
         with zipfile.ZipFile(path) as z:
+            parts = z.infolist()
+            if any(f.compress_type for f in parts) or sum(f.file_size for f in parts) > path.stat().st_size:
+                raise Refused(f"{path}: not a checkpoint: its parts are compressed and may be larger than they look")
             damaged = z.testzip()  # torch.load checks no checksum
         if damaged:
             raise Refused(f"{path}: damaged at {damaged}")
@@ -68,6 +72,8 @@ def load(path, kind=None):
     if kind and (not isinstance(content, dict) or content.get("kind") != kind or content.get("format") != 1):
         found = content.get("kind") if isinstance(content, dict) else type(content).__name__
         raise Refused(f"{path}: holds '{found}', not a '{kind}' of format 1")
+    if of and content.get("of") != of:
+        raise Refused(f"{path}: holds '{content.get('of')}', not '{of}'; it was changed, or made by another version")
     return content
 
 
@@ -91,7 +97,7 @@ def read_json(path, default=None):
         return default
     try:
         return json.loads(Path(path).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"{path}: not readable as JSON ({error})") from None
 
 
@@ -109,17 +115,45 @@ def open_run(cfg):
             identity[key] = {"run": identity[key], "sha256": sha256(Path(run) / file)}
     identity = json.loads(json.dumps(identity, default=str))
     path = cfg.out / "config.json"
+    if leader():
+        hold(cfg.out)
     there = read_json(path)
+    if there is not None and not isinstance(there, dict):
+        raise Refused(f"{path}: not the configuration of a run")
     wait()  # before rank 0 writes what the others would find
     if there is not None and there != identity:
         keys = [k for k in {**identity, **there} if identity.get(k) != there.get(k)]
         differs = ", ".join(f"{k} {there.get(k)} there, {identity.get(k)} here" for k in keys[:3])
-        raise Refused(f"{cfg.out} holds a run of another configuration ({differs}); choose another --out")
+        raise Refused(f"{cfg.out} holds a run of another configuration ({differs}, says {path}); choose another --out")
     if there is not None and not cfg.resume:
         raise Refused(f"{cfg.out} holds this run already; go on with --resume, or choose another --out")
     if there is None:
         write_json(path, identity)
     return identity
+
+
+HELD = []  # the lock of the run folder in use; the system drops it however the process ends
+
+
+def hold(folder):
+    """Lock a run folder until `guarded` is through; `Refused` with who holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        with lock:
+            raise Refused(f"{folder}: in use by {lock.read().strip() or 'another process'}; wait until it ends, or "
+                          "choose another --out") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    lock.flush()
+    HELD.append(lock)
 
 
 def with_preset(cfg, presets):
@@ -133,11 +167,12 @@ def with_preset(cfg, presets):
 def guarded(run, cfg, presets):
     """Call run(cfg, stop): bad input ends in one line and code 2, an interrupt in a saved state and how to go on."""
     with one_line_errors():
+        stop = Stopper()
         try:
             cfg = with_preset(cfg, presets)
             if cfg.tensorboard and not find_spec("tensorboard"):
                 raise Refused("--tensorboard needs a package that is not here: pip install tensorboard")
-            with Stopper() as stop, processes(pick_device(cfg.device)):
+            with stop, processes(pick_device(cfg.device)):
                 own_part([], cfg.batch)  # refused now rather than after the base is pretrained
                 run(cfg, stop)
         except Stopped as stopped:
@@ -145,7 +180,11 @@ def guarded(run, cfg, presets):
             raise SystemExit(stopped.code) from None
         except KeyboardInterrupt:
             print(f"\nstopped at once; the last save stands. Go on with --resume (run folder {cfg.out})")
-            raise SystemExit(130) from None
+            raise SystemExit(stop.code or 130) from None
+        finally:
+            while HELD:
+                with HELD.pop() as lock:
+                    lock.truncate(0)
 
 
 def pick_device(name):
@@ -237,8 +276,9 @@ class Stopper:
     second one stops at once.
     """
 
+    code = 0
+
     def __enter__(self):
-        self.code = 0
         self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -357,15 +397,48 @@ def on(device, arrays):
     return {k: torch.from_numpy(np.ascontiguousarray(v)).to(device) for k, v in arrays.items()}
 
 
-def finite(losses, first, what, rows_of):
-    """The losses from step `first` on, read off the device; `Refused` with step and samples if one is not finite."""
-    losses = losses.cpu()
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        step = first + int(bad[0])
-        raise Refused(f"{what}: the loss is {losses[int(bad[0])]:g} at step {step}, samples {rows_of(step).tolist()}; "
-                      "lower --lr or look at these samples")
-    return losses
+class Watch:
+    """Losses and gradients of a loop, looked at on the device: no step waits until somebody asks.
+
+    `note(step, loss)` after each backward; `checked(done)` then gives the losses up to there, or `Refused` with the
+    first step whose loss or gradient is not finite, the parameter, and the samples of that step."""
+
+    def __init__(self, what, steps, start, model, rows_of, device):
+        self.what, self.start, self.rows_of = what, start, rows_of
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.losses = torch.zeros(steps, device=device)
+        self.wrong = torch.full((steps,), -1, device=device)  # which parameter's gradient, -1 = none
+        self.zero = torch.zeros(1, device=device)
+
+    @torch.no_grad()
+    def note(self, step, loss):
+        gradients = [self.zero if p.grad is None else p.grad for p in self.parameters.values()]
+        wrong = ~torch.stack(torch._foreach_norm(gradients)).isfinite()  # [parameters]
+        self.losses[step] = loss.detach()
+        self.wrong[step] = torch.where(wrong.any(), wrong.int().argmax(), -1)
+
+    def checked(self, done, first=None):
+        """Losses [n] of the steps from `first` (default: where the loop began) up to `done`, on the CPU."""
+        first = self.start if first is None else first
+        losses, wrong = self.losses[first:done].cpu(), self.wrong[first:done].cpu()
+        bad = (~losses.isfinite() | (wrong >= 0)).nonzero()
+        if len(bad):
+            k = int(bad[0])
+            name = [*self.parameters][int(wrong[k])]
+            self.refuse(first + k, f"the gradient of {name} is not finite" if losses[k].isfinite()
+                        else f"the loss is {losses[k]:g}")
+        return losses
+
+    def scores(self, step, scores):
+        """The Fisher scores {layer: Score} of a step, or `Refused` with the layer whose information is not finite."""
+        for layer, score in scores.items():
+            if not math.isfinite(score.current + score.candidate):
+                self.refuse(step, f"the Fisher information of layer {layer} is {score.current + score.candidate:g}")
+        return scores
+
+    def refuse(self, step, fault):
+        raise Refused(f"{self.what}: {fault} at step {step}, samples {self.rows_of(step).tolist()}; lower --lr or look "
+                      "at these samples (what was saved before stands)")
 
 
 def resume_state(model, optimizer, schedule, step):

@@ -1,6 +1,7 @@
 """The training script: what a run leaves behind, that it repeats and resumes to the byte, and what it refuses."""
 
 import json
+import math
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ import torch
 from conftest import DATA, TINY
 
 import train_mora
-from minilora import checkpoint, data
+from minilora import checkpoint, data, selora
 from minilora.data import Refused
 
 SHORT = [*TINY, "--methods", "head", "mora"]
@@ -215,9 +216,25 @@ def test_a_nan_loss_stops_with_step_and_samples(tmp_path, monkeypatch, capsys):
 
 
 def test_the_loss_check_names_step_and_samples():
-    losses = torch.tensor([1.0, 2.0, float("nan"), float("nan")])
-    with pytest.raises(Refused, match=r"nan at step 12, samples \[12, 24\]"):
-        train_mora.finite(losses, 10, "job", lambda step: np.array([step, 2 * step]))
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 1)})
+    watch = lambda: checkpoint.Watch("job", 20, 10, model, lambda step: np.array([step, 2 * step]), "cpu")
+    good = watch()
+    for step, loss in enumerate([1.0, 2.0, 3.0], 10):
+        good.note(step, torch.tensor(loss))
+    assert good.checked(13).tolist() == [1.0, 2.0, 3.0] and good.checked(13, 12).tolist() == [3.0]
+    good.note(13, torch.tensor(float("nan")))
+    good.note(14, torch.tensor(float("inf")))
+    with pytest.raises(Refused, match=r"job: the loss is nan at step 13, samples \[13, 26\].*what was saved before stands"):
+        good.checked(15)
+    bad = watch()
+    bad.note(10, torch.tensor(1.0))
+    model["b"].weight.grad = torch.full((1, 2), float("inf"))
+    bad.note(11, torch.tensor(1.0))
+    with pytest.raises(Refused, match=r"the gradient of b.weight is not finite at step 11, samples \[11, 22\]"):
+        bad.checked(12)
+    scores = {"a": selora.Score(1.0, 2.0, math.nan, 3.0), "b": selora.Score(1.0, math.inf, math.nan, math.inf)}
+    with pytest.raises(Refused, match=r"the Fisher information of layer b is inf at step 10, samples \[10, 20\]"):
+        watch().scores(10, scores)
 
 
 def test_conclusion_is_computed_and_admits_defeat():
@@ -245,7 +262,8 @@ BAD = [(["--data", "absent.npz"], "absent.npz: no such file"), (["--methods", "d
 
 @pytest.mark.parametrize("argv,words", BAD, ids=[" ".join(a) for a, _ in BAD])
 def test_bad_arguments_are_refused_in_one_line(refused, argv, words):
-    assert words in refused(train_mora.main, "--out", "r", *argv)
+    few = [] if "--phantoms" in argv else ["--phantoms", "240"]
+    assert words in refused(train_mora.main, "--out", "r", *few, *argv)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
