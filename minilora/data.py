@@ -35,6 +35,9 @@ def one_line_errors():
         yield
     except Refused as error:
         raise SystemExit(_complain(str(error))) from None
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
@@ -84,6 +87,9 @@ def read_npz(path):
         with np.load(path, allow_pickle=False) as z:
             if not isinstance(z, np.lib.npyio.NpzFile):
                 raise Refused(f"{path}: an .npy array, not an .npz archive")
+            held, packed = sum(f.file_size for f in z.zip.infolist()), path.stat().st_size
+            if held > 100 * packed + 2**26:  # images shrink to a half, blank columns to a hundredth
+                raise Refused(f"{path}: {packed:,} bytes would unpack to {held:,}; the limit is 100 times as many")
             return {k: z[k] for k in z.files}
     except Refused:
         raise

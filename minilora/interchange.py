@@ -112,7 +112,7 @@ def load_peft(model, folder, capacity=8):
     path = Path(folder) / "adapter_config.json"
     try:
         config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable ({type(error).__name__})") from None
     for key, only in PLAIN.items():
         if config.get(key, only) not in (only, None, False, [], {}):

@@ -31,6 +31,8 @@ COMMANDS = {"check": "rerun the golden inputs and compare with torch's outputs",
 # parity with torch, relative to max(1, |value|): of a probability or a logit; of a pixel in [-1,1] or a noise
 TOLERANCES = {("mora", "float32"): 1e-5, ("selora", "float32"): 1e-4,
               ("mora", "float16"): 2e-2, ("selora", "float16"): 1e-1}
+# the entry of a TensorProto that names a file of weights, however long its length is written
+EXTERNAL = re.compile(rb"\x0a(?:\x08|\x88\x80*\x00)location")
 
 
 def tolerance(manifest):
@@ -45,8 +47,6 @@ def read_manifest(folder, kind=None):
     if not {*manifest.get("graphs", {}).values(), *adapters} <= {*manifest["files"]}:
         raise Refused(f"{path}: names a graph or an adapter whose hash it does not hold")
     for name, wanted in manifest["files"].items():
-        if Path(name).name != name:  # a manifest must not reach outside its folder
-            raise Refused(f"{path}: file name '{name}' is not a plain name")
         if not (folder / name).is_file():
             raise Refused(f"{folder / name}: missing, but the manifest names it")
         if data.sha256(folder / name) != wanted:
@@ -65,11 +65,42 @@ def own_manifest(folder):
         manifest = json.loads(path.read_bytes())
         body = {k: v for k, v in manifest.items() if k != "sha256"}
         good = manifest["sha256"] == data.digest(body) and manifest["format"] == 1
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         good = False
     if not good:
         raise Refused(f"{path}: changed or damaged (its hash does not fit its content)")
+    for key, fits in entries(manifest).items():  # a stranger's manifest can have a hash that fits
+        if key not in manifest or not fits(manifest[key]):
+            raise Refused(f"{path}: '{key}' is {str(manifest.get(key, 'missing'))[:60]}; export.py does not write that")
     return manifest
+
+
+def entries(manifest):
+    """{key: whether a value can stand there} of what is read from a manifest of its kind."""
+    number = lambda low, high: lambda v: type(v) is int and low <= v <= high
+    one_of = lambda *values: lambda v: isinstance(v, (str, int)) and v in values
+    texts = lambda v: isinstance(v, list) and len(v) > 0 and all(isinstance(x, str) and x for x in v)
+    names = lambda v: texts(v) and len(set(v)) == len(v)
+    table = lambda fits: lambda v: isinstance(v, dict) and all(fits(x) for x in v.values())
+    file = lambda v: isinstance(v, str) and Path(v).name == v  # a manifest must not reach outside its folder
+    files = lambda v: table(lambda x: isinstance(x, str))(v) and "golden.npz" in v and all(map(file, v))
+    numbers = lambda v, n: isinstance(v, list) and len(v) == n and all(isinstance(x, (int, float)) for x in v)
+    columns = lambda v: (isinstance(v, dict) and {"columns", "mean", "scale"} <= {*v} and names(v["columns"])
+                         and all(numbers(v[k], len(v["columns"])) for k in ("mean", "scale")))
+    has = lambda key, fits: lambda v: fits(v) and key in v
+    common = {"kind": one_of("mora", "selora"), "files": files, "precision": one_of("float32", "float16"),
+              "image_size": number(1, 2**14), "channels": one_of(1, 3), "buckets": number(4, 2**31),
+              "positions": number(1, 2**14), "synthetic": one_of(True, False), "synthetic_notes": one_of(True, False)}
+    common |= {"fit": one_of(*data.FITS)} if "fit" in manifest else {}
+    return common | {
+        "mora": {"numeric": table(columns), "classes": names, "multilabel": one_of(True, False),
+                 "modalities": lambda v: names(v) and {*v} - {"image", "note"} == {*manifest["numeric"]},
+                 "graphs": has("mask", table(file)), "seed": number(0, 2**31),
+                 "data": lambda v: isinstance(v, (str, dict))},
+        "selora": {"latent": number(1, 2**10), "latent_size": number(1, 2**12), "timesteps": number(1, 2**20),
+                   "graphs": has("sampler", table(file)), "data": lambda v: isinstance(v, (str, dict)),
+                   "adapters": table(lambda v: v is None or (isinstance(v, dict) and file(v.get("file"))))},
+    }.get(str(manifest.get("kind")), {})
 
 
 def providers(device):
@@ -94,10 +125,12 @@ def providers(device):
 def open_session(path, device, quiet=False):
     """An onnxruntime session on the device; `Refused` if CUDA was asked for by name and did not load. quiet: no line of
     warning for each weight that can be overridden."""
-    wanted, options = providers(device), onnxruntime.SessionOptions()
+    content, wanted, options = Path(path).read_bytes(), providers(device), onnxruntime.SessionOptions()
+    if EXTERNAL.search(content):
+        raise Refused(f"{path}: keeps weights in another file; export.py writes none that do")
     options.log_severity_level = 3 if quiet else 2
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+        session = onnxruntime.InferenceSession(content, options, providers=wanted)
     except Exception as error:  # onnxruntime raises its own family of exceptions
         raise Refused(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from None
     if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":  # only this list is true

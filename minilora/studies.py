@@ -13,7 +13,6 @@ import csv
 import io
 import os
 import re
-import sys
 import time
 import warnings
 from collections import Counter
@@ -559,19 +558,14 @@ def main(argv=None):
     with data.one_line_errors():
         args = tyro.cli(FromCsv | FromCovidChestxray | Inspect, args=argv, prog="minilora.studies",
                         description=__doc__.splitlines()[0], config=(tyro.conf.PositionalRequiredArgs,))
-        try:
-            if isinstance(args, Inspect):
-                study = data.load_study(args.file, training=False)
-                print("\n".join([f"{args.file}", *describe(study)]))
-                if study.images is not None:
-                    sheet = args.out or args.file.with_suffix(".png")
-                    draw_sheet(study, sheet)
-                    print(f"sheet: {sheet}")
-            else:
-                write_study(args, from_csv if isinstance(args, FromCsv) else from_covid_chestxray)
-        except KeyboardInterrupt:
-            print("\nstopped; nothing was written", file=sys.stderr)
-            raise SystemExit(130) from None
+        if not isinstance(args, Inspect):
+            return write_study(args, from_csv if isinstance(args, FromCsv) else from_covid_chestxray)
+        study = data.load_study(args.file, training=False)
+        print("\n".join([f"{args.file}", *describe(study)]))
+        if study.images is not None:
+            sheet = args.out or args.file.with_suffix(".png")
+            draw_sheet(study, sheet)
+            print(f"sheet: {sheet}")
 
 
 if __name__ == "__main__":
