@@ -194,7 +194,7 @@ def test_a_manifest_cannot_reach_outside_its_folder(folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     rewrite(other, "files", "../secret", "0")
-    with pytest.raises(Refused, match="'files' is .*secret.*export.py does not write that"):
+    with pytest.raises(Refused, match="'files' is .*export.py does not write that"):
         serve.Diagnoser(other)
 
 
@@ -300,7 +300,7 @@ def test_a_flipped_model_is_refused_by_export(tiny, refused, tmp_path):
 def test_a_graph_outside_the_hashes_is_refused(folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(folder, other)
-    rewrite(other, "graphs", "mask", "../evil.onnx")
+    rewrite(other, "graphs", "mask", "evil.onnx")
     with pytest.raises(Refused, match="whose hash it does not hold"):
         serve.Diagnoser(other, "cpu")
 
