@@ -154,6 +154,8 @@ def hold(folder):
     lock.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     lock.flush()
     HELD.append(lock)
+    for left in folder.rglob(".*.tmp"):  # by a process that was killed while it wrote
+        left.unlink(missing_ok=True)
 
 
 def with_preset(cfg, presets):
@@ -161,6 +163,9 @@ def with_preset(cfg, presets):
     if cfg.preset not in presets:
         raise Refused(f"--preset '{cfg.preset}' is not known; use {', '.join(presets)}")
     default = type(cfg)()
+    for name, value in vars(cfg).items():
+        if type(value) is int and abs(value) > 10**8:
+            raise Refused(f"--{name.replace('_', '-')} is {value}; the limit is {10**8}")
     return replace(cfg, **{k: v for k, v in presets[cfg.preset].items() if getattr(cfg, k) == getattr(default, k)})
 
 
@@ -181,6 +186,10 @@ def guarded(run, cfg, presets):
         except KeyboardInterrupt:
             print(f"\nstopped at once; the last save stands. Go on with --resume (run folder {cfg.out})")
             raise SystemExit(stop.code or 130) from None
+        except (MemoryError, RuntimeError) as error:  # torch has no type of its own for it on the CPU
+            if "memory" not in str(error).lower():
+                raise
+            raise Refused(f"out of memory ({str(error).splitlines()[0]}); use a smaller --batch or model") from None
         finally:
             while HELD:
                 with HELD.pop() as lock:

@@ -65,6 +65,9 @@ def write_atomic(path, content):
             f.flush()
             os.fsync(f.fileno())
         os.replace(beside, path)
+    except OSError as error:  # a full disk does not say which file it was
+        error.filename = str(path)
+        raise
     finally:
         beside.unlink(missing_ok=True)
 

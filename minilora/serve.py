@@ -48,9 +48,9 @@ def read_manifest(folder, kind=None):
         raise Refused(f"{path}: names a graph or an adapter whose hash it does not hold")
     for name, wanted in manifest["files"].items():
         if not (folder / name).is_file():
-            raise Refused(f"{folder / name}: missing, but the manifest names it")
+            raise Refused(f"{folder / name}: missing, but {path} names it")
         if data.sha256(folder / name) != wanted:
-            raise Refused(f"{folder / name}: changed or damaged (sha256 is not the manifest's)")
+            raise Refused(f"{folder / name}: changed or damaged: its sha256 is not that of {path}")
     if kind and manifest["kind"] != kind:
         raise Refused(f"{folder}: holds a '{manifest['kind']}' export; this needs '{kind}'")
     return manifest
@@ -78,7 +78,7 @@ def own_manifest(folder):
 def entries(manifest):
     """{key: whether a value can stand there} of what is read from a manifest of its kind."""
     number = lambda low, high: lambda v: type(v) is int and low <= v <= high
-    one_of = lambda *values: lambda v: isinstance(v, (str, int)) and v in values
+    one_of = lambda *values: lambda v: any(type(v) is type(x) and v == x for x in values)
     texts = lambda v: isinstance(v, list) and len(v) > 0 and all(isinstance(x, str) and x for x in v)
     names = lambda v: texts(v) and len(set(v)) == len(v)
     table = lambda fits: lambda v: isinstance(v, dict) and all(fits(x) for x in v.values())
@@ -202,7 +202,7 @@ class Diagnoser:
         """({modality: array} with zeros for what is absent, presence [B,M] bool) of a request."""
         given = {"image": images, "note": notes, **numeric}
         for name, values in given.items():
-            if isinstance(values, (str, bytes, dict)):
+            if values is not None and (isinstance(values, (str, bytes, dict)) or not hasattr(values, "__len__")):
                 raise Refused(f"{name} is one {type(values).__name__}; give a list, one item per sample")
         given = {k: list(v) for k, v in given.items() if v is not None}
         for name in given:
@@ -236,7 +236,10 @@ class Diagnoser:
         return inputs, present
 
     def image(self, value, where):
-        value = np.asarray(value)
+        try:
+            value = np.asarray(value)
+        except (TypeError, ValueError):  # rows of different lengths
+            raise Refused(f"{where} is no array; need uint8 [H,W] or [H,W,3]") from None
         shaped = value.ndim == 2 or (value.ndim == 3 and value.shape[2] == 3)
         if value.dtype != np.uint8 or not shaped or 0 in value.shape:
             nan = ", with NaN" if value.dtype.kind == "f" and np.isnan(value).any() else ""
@@ -260,13 +263,16 @@ class Diagnoser:
                 raise Refused(f"{where}: column '{unknown[0]}' is not known; columns are {', '.join(columns)}")
             value = [value.get(c) for c in columns]
         try:
-            value = np.array([np.nan if v is None else v for v in value], np.float32)
+            with np.errstate(over="ignore"):  # inf is refused below
+                value = np.array([np.nan if v is None else v for v in value], np.float32)
         except (TypeError, ValueError):
             raise Refused(f"{where} is not a row of numbers") from None
         if value.shape != (len(columns),) or np.isinf(value).any():
             raise Refused(f"{where} is {value.tolist()}; need {len(columns)} finite numbers or NaN: "
                           f"{', '.join(columns)}")
         standard = (value - np.array(spec["mean"], np.float32)) / np.array(spec["scale"], np.float32)
+        if (abs(standard) > 1e6).any():
+            raise Refused(f"{where} is {value.tolist()}: more than a million standard deviations from training's mean")
         return None if np.isnan(standard).all() else standard
 
 
@@ -307,7 +313,7 @@ class Synthesizer:
         steps: DDIM steps; guidance: 0 ignores the words, 1 is the model itself, more exaggerates what they say. Image b
         depends on note b, seed and b alone (to a grey level: sums are ordered by batch). Raises `Refused`, a
         ValueError, that says which argument is wrong and how."""
-        if isinstance(notes, (str, bytes)) or not len(notes):
+        if isinstance(notes, (str, bytes)) or not hasattr(notes, "__len__") or not len(notes):
             raise Refused("notes must be a list of at least one string")
         for i, note in enumerate(notes):
             if not isinstance(note, str):
