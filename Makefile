@@ -8,7 +8,7 @@ DEMO = --out runs/demo/mora --seeds 1 --phantoms 3000 --steps 400 --pretrain-ste
 SELORA = --out runs/demo/selora --seeds 1 --phantoms 3000 --steps 240 --every 20 --vae-steps 250 --pretrain-steps 500 \
          --width 28 --text-width 32 --heads 2 --lr 1e-2 --judge runs/demo/mora --resume
 
-.PHONY: install demo test bench clean
+.PHONY: install demo test test-long bench clean
 
 install: .venv/installed
 
@@ -39,8 +39,17 @@ demo: install
 	    --split runs/demo/mora/split-s0.npz --missing any:0.7 --steps 10 --out runs/demo/mora/filled.csv
 	@echo "== look at macro_f1.png in runs/demo/mora, ranks.png, samples.png and sheet.png in runs/demo/selora; next: README.md"
 
+# The suite in two halves of about the same time, one on each core; the second is printed when both are through.
+HALF = tests/test_processes.py tests/test_synthesis.py tests/test_train_selora.py tests/test_selora.py tests/test_studies.py
 test: install
-	$(PY) -m pytest
+	@echo "== the test suite, in two halves at once"
+	@$(PY) -m pytest -p no:cacheprovider $(HALF) >.test-half.log 2>&1 & other=$$!; \
+	$(PY) -m pytest $(addprefix --ignore=,$(HALF)); one=$$?; \
+	wait $$other; two=$$?; cat .test-half.log; rm -f .test-half.log; exit $$((one + two))
+
+# 50 kills of each training script, ten times the damaged files and odd requests: about 20 minutes
+test-long: install
+	LONG=1 $(PY) -m pytest tests/test_robustness.py
 
 bench: install
 	.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"

@@ -142,7 +142,7 @@ def test_damaged_files_are_refused_or_hold_the_same(built, tmp_path, capsys):
     KEPT["config"] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads((folder / "mora/config.json").read_text()).items()}
     found = loaders(folder)
     wanted = {name: copy.deepcopy(read()) for name, read in found.items()}
-    for _ in range(1000):
+    for _ in range(10_000 if LONG else 1000):
         name = chance.choice([*found])
         path = folder / name
         original = path.read_bytes()
@@ -320,7 +320,7 @@ def test_odd_requests_are_answered_or_refused(built, capsys):
         assert x.dtype == np.uint8 and x.shape[1:] == (32, 32)
 
     some = lambda pool, n: [chance.choice(pool) if chance.random() < oddity else pool[0] for _ in range(n)]
-    for k in range(500):
+    for k in range(total := 5000 if LONG else 500):
         oddity = chance.choice([0, 0.01, 0.2, 0.7])
         n = chance.choice([0, 1, 1, 1, 2, 3, 300])
         if k % 4:
@@ -336,7 +336,7 @@ def test_odd_requests_are_answered_or_refused(built, capsys):
         if k % 25 == 0:
             for served, ask in good.items():
                 np.testing.assert_array_equal(ask(), before[served])
-    say(capsys, f"500 odd requests: {counts}")
+    say(capsys, f"{total} odd requests: {counts}")
     assert counts["answer"] > 100 and counts["refused"] > 200
 
 
@@ -351,13 +351,13 @@ def test_odd_command_lines_end_in_one_line(built, tmp_path, monkeypatch, capsys)
                train_selora: ["--data", "--source", "--rule", "--seeds", "--lr", "--every", "--lam", "--budget", "--targets", "--capacity", "--width", "--heads", "--steps", "--batch", "--replay", "--judge", "--preset", "--fisher", "--ratio-of", "--latent", "--factor"]}  # fmt: skip
     lines = []
     for script, flags in trained.items():
-        for _ in range(60):
+        for _ in range(300 if LONG else 60):
             line = ["--out", chance.choice(["o", "b/study.npz", "/dev/null/x", "b/mora"]), "--dry-run", "--phantoms", "60", "--device", "cpu"] if chance.random() < 0.9 else []
             for flag in chance.sample(flags, chance.choice([1, 1, 2])):
                 line += [flag, chance.choice(odd)]
             lines.append((script, line if "--dry-run" in line else [*line, "--dry-run", "--phantoms", "0"]))
     folders = ["b/mora/onnx", "b/draw/onnx", "b/swap", "b/mora", "b", "nowhere"]
-    for _ in range(80):
+    for _ in range(400 if LONG else 80):
         module, commands = chance.choice([(export, ["mora", "selora", "check", "predict", "sample", "peft", "bench"]), (serve, ["check", "predict", "sample"]), (studies, ["inspect", "from-csv", "from-covid-chestxray"])])
         line = [chance.choice(commands), chance.choice(folders if module is not studies else ["b/study.npz", "b", "b/mora/config.json", *odd])]
         for flag in chance.sample(["--note", "--image", "--data", "--split", "--missing", "--out", "--n", "--seed", "--steps", "--guidance", "--adapter", "--temperature", "--device", "--size", "--format", "--method"], 2):

@@ -316,7 +316,7 @@ def test_command_lines_that_cannot_be_served(drawn, tiny, tmp_path, monkeypatch)
     assert "adapter 'x' is not in" in said("sample", drawn / "swap", "--note", "a", "--adapter", "x")
     shutil.copytree(merged, tmp_path / "gone")
     (tmp_path / "gone/sampler.onnx").unlink()
-    assert "sampler.onnx: missing, but the manifest names it" in said("sample", "gone", "--note", "a")
+    assert "sampler.onnx: missing, but gone/manifest.json names it" in said("sample", "gone", "--note", "a")
     for key, value, words in (("image_size", 64, "draws images of size 64"), ("channels", 3, "draws image channels: 3")):
         shutil.copytree(merged, tmp_path / key)
         manifest = json.loads((merged / "manifest.json").read_text()) | {key: value}
