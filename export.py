@@ -79,6 +79,9 @@ def new_folder(out):
     nothing of anybody else's in it, or of an empty one.
     """
     out = Path(out).resolve()
+    for left in out.parent.glob(f".{out.name}.*.old"):  # of a process that was killed between the two renames
+        if not out.exists():
+            os.replace(left, out)
     before = own_files(out)
     work, old = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     work.mkdir(parents=True)

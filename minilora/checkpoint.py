@@ -150,12 +150,15 @@ def hold(folder):
         with lock:
             raise Refused(f"{folder}: in use by {lock.read().strip() or 'another process'}; wait until it ends, or "
                           "choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     lock.flush()
     HELD.append(lock)
-    for left in folder.rglob(".*.tmp"):  # by a process that was killed while it wrote
-        left.unlink(missing_ok=True)
+    for left in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:  # by a process that was killed while it wrote
+        if left.is_file():
+            left.unlink(missing_ok=True)
 
 
 def with_preset(cfg, presets):

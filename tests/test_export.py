@@ -273,6 +273,15 @@ def test_five_modalities_get_graphs_for_the_patterns_of_training(tmp_path, monke
     assert d.predict(notes=["fever"]).shape == (1, 4)  # through the mask graph
 
 
+def test_an_export_killed_between_its_two_renames_is_undone_by_the_next(tiny, tmp_path, monkeypatch):
+    shutil.copytree(tiny[1], tmp_path / "run")
+    os.replace(tmp_path / "run/onnx", tmp_path / "run/.onnx.123.old")
+    monkeypatch.setattr(export, "trace", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export.main(["mora", str(tmp_path / "run")])
+    assert serve.Diagnoser(tmp_path / "run/onnx", "cpu") and not (tmp_path / "run/.onnx.123.old").exists()
+
+
 def test_an_interrupted_export_leaves_the_old_folder(tiny, tmp_path, monkeypatch):
     out = tmp_path / "onnx"
     shutil.copytree(tiny[1] / "onnx", out)
