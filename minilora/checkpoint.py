@@ -60,6 +60,8 @@ def load(path, kind=None, of=None):
             parts = z.infolist()
             if any(f.compress_type for f in parts) or sum(f.file_size for f in parts) > path.stat().st_size:
                 raise Refused(f"{path}: not a checkpoint: its parts are compressed and may be larger than they look")
+            if any(f.external_attr for f in parts):  # torch takes what is marked a folder for zeros, and says nothing
+                raise Refused(f"{path}: damaged in its table of contents")
             damaged = z.testzip()  # torch.load checks no checksum
         if damaged:
             raise Refused(f"{path}: damaged at {damaged}")
