@@ -47,7 +47,7 @@ test: install
 	$(PY) -m pytest $(addprefix --ignore=,$(HALF)); one=$$?; \
 	wait $$other; two=$$?; cat .test-half.log; rm -f .test-half.log; exit $$((one + two))
 
-# 50 kills of each training script, ten times the damaged files and odd requests: about 20 minutes
+# 50 kills of each training script, ten times the damaged files and odd requests: about 6 minutes
 test-long: install
 	LONG=1 $(PY) -m pytest tests/test_robustness.py
 
