@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import zipfile
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -86,6 +87,9 @@ def read_npz(path):
     path = Path(path)
     if not path.is_file():
         raise Refused(f"{path}: no such file")
+    with open(path, "rb") as f:
+        if f.read(6) != b"\x93NUMPY" and not zipfile.is_zipfile(path):
+            raise Refused(f"{path}: not an .npz archive")
     try:
         with np.load(path, allow_pickle=False) as z:
             if not isinstance(z, np.lib.npyio.NpzFile):
@@ -190,7 +194,7 @@ class Study:
         fields = {**self.__dict__, "numeric": kept, "columns": {k: self.columns[k] for k in kept}}
         fields["images"] = self.images if "image" in modalities else None
         fields["notes"] = self.notes if "note" in modalities else None
-        return _checked(Study(**fields), need_every_sample)
+        return checked(Study(**fields), need_every_sample)
 
     def take(self, rows):
         """The study of the given rows (indices or a bool mask), in that order."""
@@ -256,7 +260,7 @@ def load_study(path, synthetic_notes=False, classes=None, training=True):
                   patients=z.get("patients"), fixed_split=fixed_split, synthetic=flag("synthetic"),
                   synthetic_notes=flag("synthetic_notes"), fit=fit)
     try:
-        _checked(study, need_every_sample=not synthetic_notes, training=training)
+        checked(study, need_every_sample=not synthetic_notes, training=training)
     except Refused as error:
         raise Refused(f"{path}: {error}") from None
     study.images = None if study.images is None else square(study.images, fit)
@@ -278,7 +282,7 @@ def save_study(path, study):
     write_atomic(path, npz_bytes(arrays))
 
 
-def _checked(study, need_every_sample=True, training=True):
+def checked(study, need_every_sample=True, training=True):
     """The study itself, or `Refused` with its first fault."""
     n, labels, classes = len(study), study.labels, len(study.class_names)
     if not study.modalities:
@@ -341,7 +345,7 @@ def attach_notes(study, right=0.8, seed=0):
     openings = np.array(["patient reports", "presents with", "history notes", "complains of"])
     openings = openings[rng.integers(0, 4, len(study))]
     notes = np.array([f"{o} {phrases[c]}" for o, c in zip(openings, told)])
-    return _checked(Study(**{**study.__dict__, "notes": notes, "synthetic_notes": True}))
+    return checked(Study(**{**study.__dict__, "notes": notes, "synthetic_notes": True}))
 
 
 # ------------------------------------------------------------------------------------------------------------- phantoms

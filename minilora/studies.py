@@ -139,7 +139,7 @@ def _dicom(path, rgb):
             return stored if rgb else grey(stored)
         padding = stored == file.PixelPaddingValue if "PixelPaddingValue" in file else np.zeros(stored.shape, bool)
         values = apply_modality_lut(stored, file)
-        if file.get("WindowWidth") is not None or "VOILUTSequence" in file:
+        if None not in (file.get("WindowWidth"), file.get("WindowCenter")) or "VOILUTSequence" in file:
             lowest, highest = apply_voi_lut(np.array([-(2**31), 2**31 - 1]), file)  # what the window maps to
             pixels = _stretched(apply_voi_lut(values, file), float(lowest), float(highest))
         else:
@@ -322,7 +322,7 @@ def from_rows(rows, folder, columns, size=64, fit="squeeze", rgb=False, mask_wor
         report.append(f"left out   {len(lines)} rows without a picture, words or numbers, in lines{_some(lines)}")
     if not something.any():
         raise Refused("no row has a picture, words or a number")
-    return study.take(something), report
+    return data.checked(study.take(something), training=False), report
 
 
 def _some(values, n=3):
@@ -389,6 +389,8 @@ def from_csv(args):
         if not modality.isidentifier() or modality in data.RESERVED:
             raise Refused(f"--numeric {text}: '{modality}' cannot be a modality's name")
         groups[modality] = [*groups.get(modality, []), *_listed(names)]
+        if not groups[modality] or len(set(groups[modality])) < len(groups[modality]):
+            raise Refused(f"--numeric {text}: must name at least one column, none twice")
     columns = {k: getattr(args, f"{k}_column") for k in ("image", "note", "patient")}
     columns |= {"labels": _listed(args.label_column), "numeric": groups}
     header = [c for c in rows[0] if c]
@@ -399,7 +401,7 @@ def from_csv(args):
             if column and column not in header:
                 default = getattr(FromCsv, flag[2:].replace("-", "_"), None) == column
                 if not default or flag == "--label-column":
-                    raise Refused(f"{args.csv}: has no column '{column}' ({flag}); it has {', '.join(header)}")
+                    raise Refused(f"{args.csv}: has no column '{column}' ({flag}); it has {', '.join(header)[:200]}")
                 columns[flag[2:].split("-")[0]] = None  # a default that is not there: no such modality
     study, report = from_rows(rows, args.images or args.csv.parent, columns, args.size, args.fit, args.rgb,
                               _listed(args.mask_words), args.csv.stem)
@@ -482,15 +484,15 @@ def describe(study):
         lines.append(f"patients   {len(set(known))}" + f"; {n - len(known)} samples name none" * (len(known) < n))
     if study.multilabel:
         each = zip(study.class_names, study.labels.T)
-        counts = [f"{c} {int((v == 1).sum())} of {int((v >= 0).sum())}" for c, v in each]
+        counts = [f"{c[:40]} {int((v == 1).sum())} of {int((v >= 0).sum())}" for c, v in each]
     else:
-        counts = [f"{c} {int((study.labels == i).sum())}" for i, c in enumerate(study.class_names)]
+        counts = [f"{c[:40]} {int((study.labels == i).sum())}" for i, c in enumerate(study.class_names)]
     bare = n - int(study.labelled.sum())
     lines.append("labels     " + (", ".join(counts) if bare < n else "none: a file to predict on")
                  + f"; {bare} unlabelled" * (0 < bare < n))
     found = leaks(study)
     if found:
-        each = ", ".join(f"'{c}' in {k} notes ({own} of that class)" for c, (k, own) in found.items())
+        each = ", ".join(f"'{c[:40]}' in {k} notes ({own} of that class)" for c, (k, own) in found.items())
         lines.append(f"leakage    {each}: a model can read the answer there; from-csv --mask-words hides words")
     patterns = Counter(data.pattern_name(row, study.modalities) or "nothing" for row in have)
     lines.append("present    " + ", ".join(f"{p} {k}" for p, k in patterns.most_common()))
@@ -539,6 +541,8 @@ def draw_sheet(study, path, columns=8):
 
 def write_study(args, read):
     """Read, say what was read, and write the study file; nothing is written over."""
+    if not args.out and not args.csv.is_file():
+        raise Refused(f"{args.csv}: no such file")
     out = args.out or args.csv.with_suffix(".npz")
     if not 4 <= args.size <= 4096:
         raise Refused(f"--size is {args.size}; must be in 4..4096")

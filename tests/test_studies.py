@@ -130,6 +130,8 @@ def test_dicom_window_rescale_and_inverted_greys(tmp_path):
     assert abs(found - ramp).max() <= 0.51 and {0.0, 255.0} <= set(found.ravel())
     several = studies.read_picture(write_dicom(tmp_path / "c.dcm", stored, **(window | {"WindowCenter": ["500", "900"], "WindowWidth": ["401", "50"]})))
     np.testing.assert_array_equal(several, found)  # the first of them
+    half = studies.read_picture(write_dicom(tmp_path / "h.dcm", stored, WindowWidth="401"))  # a width without a centre is no window
+    np.testing.assert_array_equal(half, plain)
     signed, edge = drawing().astype(np.int16) - 300, drawing().astype(np.int16) - 300
     edge[:, :3] = -2000  # what lies outside of the beam
     padded = studies.read_picture(write_dicom(tmp_path / "d.dcm", edge, bits=16, PixelPaddingValue=-2000))
@@ -281,10 +283,14 @@ def test_bad_spreadsheets_are_refused_in_one_line(folder, refused):
     assert "has no rows" in said([])
     assert "no row has a picture" in said([["", "", "sick", ""], ["", "", "well", ""]])
     assert "'any' cannot be a modality's name" in said(rows, "--numeric", "any=patient")
+    assert "--numeric patient,,patient: must name at least one column, none twice" in said(rows, "--numeric", "patient,,patient")
+    assert "--numeric labs=: must name at least one" in said(rows, "--numeric", "labs=")
     assert "encoding 'klingon' is not known" in said(rows, "--encoding", "klingon")
     assert "is not utf-8" in said([["", "fièvre", "well", ""], *rows], "--encoding", "utf-8", encoding="cp1252")
     assert "--size is 2" in said(rows, "--size", "2")
     assert "no such file" in refused(studies.main, "from-csv", "absent.csv")
+    assert ".: no such file" in refused(studies.main, "from-csv", ".")
+    assert "s.csv: not an .npz archive" in refused(studies.main, "inspect", "s.csv")
     (tmp_path / "o.npz").write_bytes(b"mine")
     assert "o.npz: is there already" in said(rows)
     assert (tmp_path / "o.npz").read_bytes() == b"mine"
