@@ -403,6 +403,7 @@ def from_csv(args):
                 if not default or flag == "--label-column":
                     raise Refused(f"{args.csv}: has no column '{column}' ({flag}); it has {', '.join(header)[:200]}")
                 columns[flag[2:].split("-")[0]] = None  # a default that is not there: no such modality
+                how += f"; no column '{column}' ({flag})"
     study, report = from_rows(rows, args.images or args.csv.parent, columns, args.size, args.fit, args.rgb,
                               _listed(args.mask_words), args.csv.stem)
     return study, [how, *report]

@@ -217,10 +217,11 @@ def test_notes_are_masked_and_leakage_is_counted(folder, capsys):
     assert "masked     words in 9 notes" in said and "'sick'" not in said
 
 
-def test_several_label_columns_are_findings(folder):
+def test_several_label_columns_are_findings(folder, capsys):
     tmp_path, rows = folder
     write_csv(tmp_path, [[r[0], i % 2, "" if i == 3 else float(i % 3 == 0)] for i, r in enumerate(rows)], ("image", "edema", "mass"))
     s = convert(tmp_path, "--label-column", "edema,mass")
+    assert "; no column 'note' (--note-column); no column 'patient' (--patient-column)" in capsys.readouterr().out
     assert s.multilabel and s.class_names == ["edema", "mass"] and list(s.labels[3]) == [1, -1] and list(s.labels[0]) == [0, 1]
 
 
