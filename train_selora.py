@@ -409,7 +409,8 @@ def load_judge(run, device, study_file):
     on the study whose held-out images it is to judge.
     """
     saved = checkpoint.load(Path(run) / "model.pt", "mora")
-    source = (checkpoint.read_json(Path(run) / "config.json") or {}).get("source")
+    config = checkpoint.read_json(Path(run) / "config.json", {})
+    source = config.get("source") if isinstance(config, dict) else None
     if source and study_file and source["sha256"] == data.sha256(study_file):
         raise Refused(f"--judge {run}: was pretrained on {study_file}, whose held-out images it would judge")
     if "image" not in saved["config"]["modalities"]:
@@ -698,9 +699,12 @@ def check_adapters(cfg, config):
                       f"{budget:,}: nothing is left to grow; lower --rank or raise --budget")
     if cfg.replay:
         report = checkpoint.read_json(cfg.replay / "metrics.json")
-        if not report or report.get("kind") != "selora":
-            raise Refused(f"--replay {cfg.replay}: not a finished run of train_selora.py")
-        runs = next(m["ranks"] for name, m in report["methods"].items() if name not in REFERENCES)
+        try:
+            if report["kind"] != "selora":
+                raise KeyError
+            runs = next(m["ranks"] for name, m in report["methods"].items() if name not in REFERENCES)
+        except (AttributeError, KeyError, StopIteration, TypeError):
+            raise Refused(f"--replay {cfg.replay}: not a finished run of train_selora.py") from None
         if len(runs) < cfg.seeds:
             raise Refused(f"--replay {cfg.replay}: has {len(runs)} seeds; --seeds {cfg.seeds} need as many")
         ranks = dict(enumerate(runs[:cfg.seeds]))
