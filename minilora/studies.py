@@ -235,6 +235,7 @@ def read_table(path, encoding=""):
         how, text = "windows-1252", content.decode("windows-1252", "replace")
     except LookupError:
         raise Refused(f"{path}: encoding '{encoding}' is not known; try utf-8, windows-1252 or shift-jis") from None
+    text = text.removeprefix("\ufeff")  # a byte order mark, where the encoding was given
     first = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=first.count)
     before = csv.field_size_limit(2**30)  # a note may be long

@@ -241,6 +241,8 @@ def test_encodings_and_delimiters_are_said(folder, capsys):
         write_csv(tmp_path, rows, encoding=encoding, delimiter=delimiter)
         assert convert(tmp_path, out=f"{encoding}.npz").notes[0] == "fièvre, toux"
         assert words in capsys.readouterr().out
+    write_csv(tmp_path, rows, encoding="utf-8-sig")
+    assert convert(tmp_path, "--encoding", "utf-8", out="bom.npz").images is not None
     write_csv(tmp_path, rows, encoding="cp1252")
     assert convert(tmp_path, "--encoding", "cp437", out="o.npz").notes[0] != "fièvre, toux"
 
