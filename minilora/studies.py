@@ -225,7 +225,7 @@ def read_table(path, encoding=""):
     path = Path(path)
     if not path.is_file():
         raise Refused(f"{path}: no such file")
-    content, how = path.read_bytes(), encoding
+    content = path.read_bytes()
     try:
         how = encoding or ("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         text = content.decode(how)
