@@ -1,9 +1,12 @@
-"""Noise schedule, training loss and sampler: all that turns a noise-predicting network into a generator.
+"""Noise schedule, training loss and sampler: they turn a noise-predicting network into a generator.
 
-    z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) noise,  a_t = alphas_cumprod[t]          (Ho et al., arXiv 2006.11239, eq. 4)
+    z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) noise,  a_t = alphas_cumprod[t]
 
-Training predicts the noise in z_t; sampling walks back from pure noise by DDIM (Song et al., arXiv 2010.02502), which
-is deterministic: the same noise and words give the same image. A `model` is any callable (z_t, t, ids) -> noise.
+Training predicts the noise in z_t (Ho et al., arXiv 2006.11239, eq. 4). Sampling walks back from
+pure noise by DDIM (Song et al., arXiv 2010.02502), which is deterministic: the same noise and words
+give the same image. A `model` is any callable (z_t, t, ids) -> noise.
+
+Skip this file if you know DDPM, DDIM and classifier-free guidance: nothing in it is adapted.
 
 Letters: B batch, L latent channels, S latent size, P word positions.
 """
@@ -13,20 +16,23 @@ import math
 import torch
 import torch.nn.functional as F
 
-PAD, CLS = 0, 1  # word ids, as `data.tokenize` writes them
+PAD = 0  # word ids, as `words.tokenize` writes them: padding, and
+CLS = 1  # the classification token that starts every prompt
 
 
 def alphas_cumprod(steps=1000, kind="cosine", device=None):
     """Share of signal a_t [steps], float64, falling, in (0, 1].
 
-    cosine: a_t = cos^2 of an angle that grows linearly with t (Nichol and Dhariwal, arXiv 2102.09672), but ending at
-    a = 0.005, about where Stable Diffusion's schedule ends, instead of 0: the first DDIM step multiplies the network's
-    error by up to 1 / sqrt(a), which showed as images of the wrong brightness. linear: the product of 1 - beta, beta
-    from 1e-4 to 0.02 over 1000 steps, scaled to other lengths. ValueError for another kind or steps < 1."""
+    cosine: a_t = cos^2 of an angle that grows linearly with t (Nichol and Dhariwal, arXiv
+    2102.09672), but ending at a = 0.005, about where Stable Diffusion's schedule ends, instead of
+    0: the first DDIM step multiplies the network's error by up to 1 / sqrt(a), which showed as
+    images of the wrong brightness. linear: the product of 1 - beta, beta from 1e-4 to 0.02 over
+    1000 steps, scaled to other lengths. ValueError for another kind or steps < 1."""
     if steps < 1:
         raise ValueError(f"a schedule of {steps} steps; need at least 1")
     if kind == "cosine":
-        first, last = 0.008 * math.pi / 2, math.acos(math.sqrt(5e-3))
+        first = 0.008 * math.pi / 2
+        last = math.acos(math.sqrt(5e-3))
         return torch.linspace(first, last, steps, dtype=torch.float64, device=device).cos() ** 2
     if kind == "linear":
         betas = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64, device=device) * (1000 / steps)
@@ -48,67 +54,70 @@ def add_noise(z, noise, alpha):
 def denoising_loss(model, z, ids, t, noise, alphas=None, per_sample=False):
     """Mean squared error of the predicted noise: a scalar, or [B] with `per_sample`.
 
-    z [B,L,S,S] clean latents, ids [B,P], t [B] int64 in [0, steps), noise [B,L,S,S]: all drawn outside, so that a
-    held-out loss can fix them. `alphas` is the schedule, default `alphas_cumprod()`."""
-    alphas = alphas_cumprod(device=z.device) if alphas is None else alphas
-    error = F.mse_loss(model(add_noise(z, noise, alphas[t]), t, ids), noise, reduction="none")
+    z [B,L,S,S] clean latents, ids [B,P], t [B] int64 in [0, steps), noise [B,L,S,S]: all drawn
+    outside, so that a held-out loss can fix them. `alphas` is the schedule, by default
+    `alphas_cumprod()`."""
+    if alphas is None:
+        alphas = alphas_cumprod(device=z.device)
+    prediction = model(add_noise(z, noise, alphas[t]), t, ids)
+    error = F.mse_loss(prediction, noise, reduction="none")  # [B,L,S,S]
     return error.flatten(1).mean(1) if per_sample else error.mean()
 
 
 def null_prompt(ids):
-    """The prompt that says nothing, for each row of ids [B,P]: the classification token, then padding. Never all
-    padding, over which a softmax is NaN.
-    """
+    """The prompt that says nothing, for each row of ids [B,P]: the classification token, then
+    padding. Never all padding, over which a softmax is NaN."""
     return torch.cat([torch.full_like(ids[:, :1], CLS), torch.full_like(ids[:, 1:], PAD)], 1)
 
 
 def drop_words(ids, generator, p=0.1):
-    """ids [B,P] in which each row became the null prompt with probability p: one network then learns the conditional
-    and the unconditional noise (Ho and Salimans, arXiv 2207.12598). `generator` is seeded by the caller per step.
-    """
-    dropped = torch.rand(ids.shape[0], 1, generator=generator, device=generator.device) < p
-    return torch.where(dropped.to(ids.device), null_prompt(ids), ids)
+    """ids [B,P] in which each row became the null prompt with probability p: one network then
+    learns the conditional and the unconditional noise (Ho and Salimans, arXiv 2207.12598).
+    `generator` is seeded by the caller per step."""
+    drop = torch.rand(ids.shape[0], 1, generator=generator, device=generator.device) < p  # [B,1]
+    return torch.where(drop.to(ids.device), null_prompt(ids), ids)
 
 
 def timesteps(steps, schedule=1000):
-    """`steps` timesteps, int64, falling and evenly spaced, from the last of the schedule on: 20 of 1000 are 999, 949,
-    ..., 49 ("trailing", Lin et al., arXiv 2305.08891: pure noise is what the network expects at the first one).
-    ValueError unless 1 <= steps <= schedule.
-    """
+    """`steps` timesteps, int64, falling and evenly spaced, from the last of the schedule on.
+
+    20 of 1000 are 999, 949, ..., 49 ("trailing", Lin et al., arXiv 2305.08891: pure noise is what
+    the network expects at the first one). ValueError unless 1 <= steps <= schedule."""
     if not 1 <= steps <= schedule:
         raise ValueError(f"{steps} sampling steps; need 1 to {schedule}, the length of the schedule")
     return (torch.arange(steps, 0, -1, dtype=torch.float64) * schedule / steps).round().long() - 1
 
 
 def ddim_step(z, eps, alpha_t, alpha_prev):
-    """z at the next, less noisy timestep: read z_0 off the predicted noise, then put as much noise back as
-    `alpha_prev` asks for (arXiv 2010.02502, eq. 12 with sigma = 0). alpha_prev = 1 gives z_0.
-
-    A pure function of tensors [B,L,S,S] and numbers [], so that a graph's loop can hold it."""
+    """z at the next, less noisy timestep: read z_0 off the predicted noise, then put as much noise
+    back as `alpha_prev` asks for (arXiv 2010.02502, eq. 12 with sigma = 0). alpha_prev = 1 gives
+    z_0. A pure function of tensors [B,L,S,S] and numbers [], so that a graph's loop can hold it."""
     z0 = (z - (1 - alpha_t).sqrt() * eps) / alpha_t.sqrt()
     return alpha_prev.sqrt() * z0 + (1 - alpha_prev).sqrt() * eps
 
 
 def guided_noise(model, z, t, ids, guidance):
-    """Classifier-free guidance: null + guidance . (conditional - null), from one forward of 2B samples. 0 ignores the
-    words, 1 is the conditional model, more exaggerates what the words say.
+    """Classifier-free guidance: null + guidance . (conditional - null), from one forward of 2B
+    samples. 0 ignores the words, 1 is the conditional model, more exaggerates what the words say.
     """
     both = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([ids, null_prompt(ids)]))
-    conditional, null = both.chunk(2)
+    conditional, null = both.chunk(2)  # each [B,L,S,S]
     return null + guidance * (conditional - null)
 
 
 @torch.no_grad()
 def sample(model, noise, ids, steps=20, guidance=2.0, alphas=None):
-    """Latents [B,L,S,S] from noise [B,L,S,S] ~ normal(0, 1) and word ids [B,P], by `steps` deterministic DDIM steps
-    at the `timesteps`. Sample b depends on row b only. ValueError if steps is outside [1, schedule] or guidance is
-    negative.
-    """
-    alphas = alphas_cumprod(device=noise.device) if alphas is None else alphas
+    """Latents [B,L,S,S] from noise [B,L,S,S] ~ normal(0, 1) and word ids [B,P], by `steps`
+    deterministic DDIM steps at the `timesteps`. Sample b depends on row b only. ValueError if steps
+    is outside [1, schedule] or guidance is negative."""
+    if alphas is None:
+        alphas = alphas_cumprod(device=noise.device)
     if not 0 <= guidance < math.inf:
         raise ValueError(f"guidance {guidance} is not a number of at least 0")
-    walk, z = timesteps(steps, len(alphas)).tolist(), noise
-    signal = [alphas[t].to(z) for t in walk] + [alphas.new_ones(()).to(z)]  # after the last step nothing is noise
+    walk = timesteps(steps, len(alphas)).tolist()
+    # Shares of signal along the walk, [steps + 1]: after the last step nothing is noise.
+    signal = torch.cat([alphas[walk], alphas.new_ones(1)]).to(noise)
+    z = noise
     for t, alpha_t, alpha_prev in zip(walk, signal, signal[1:]):
         eps = guided_noise(model, z, torch.full((len(z),), t, device=z.device), ids, guidance)
         z = ddim_step(z, eps, alpha_t, alpha_prev)
@@ -117,22 +126,26 @@ def sample(model, noise, ids, steps=20, guidance=2.0, alphas=None):
 
 @torch.no_grad()
 def draw_images(model, vae, ids, seeds, steps=20, guidance=2.0, alphas=None):
-    """uint8 images [B,S,S] or [B,S,S,3] from word ids [B,P], decoded by `vae`; seeds[b] draws image b's noise."""
+    """uint8 images [B,S,S] or [B,S,S,3] from word ids [B,P], decoded by `vae`, in parts of 200;
+    seeds[b] draws the noise of image b."""
     images = []
-    for part in range(0, len(ids), 200):
-        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[part : part + 200]]
-        noise = torch.stack([torch.randn(vae.latent, vae.size, vae.size, generator=g) for g in generators])
-        z = sample(model, noise.to(ids.device), ids[part : part + 200], steps, guidance, alphas)
-        images.append(((vae.decode(z).clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
+    for start in range(0, len(ids), 200):
+        rows = slice(start, start + 200)
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[rows]]
+        noise = [torch.randn(vae.latent, vae.size, vae.size, generator=g) for g in generators]
+        noise = torch.stack(noise).to(ids.device)
+        z = sample(model, noise, ids[rows], steps, guidance, alphas)
+        pixels = (vae.decode(z).clamp(-1, 1) + 1) * 127.5  # [-1,1] -> [0,255]
+        images.append(pixels.round().byte().cpu())
     images = torch.cat(images)  # [B,ch,S,S]
     return (images[:, 0] if images.shape[1] == 1 else images.movedim(1, 3)).numpy()
 
 
 @torch.no_grad()
 def ema_update(average, model, decay):
-    """Move `average`, a copy of the model, towards it in place: average = decay . average + (1 - decay) . model.
-    Its samples are better than the model's own. Buffers and whatever is not a float are copied.
-    """
+    """Move `average`, a copy of the model, towards it in place: average = decay . average +
+    (1 - decay) . model. Its samples are better than the model's own. Buffers and whatever is not a
+    float are copied. ValueError if decay is outside [0, 1]."""
     if not 0 <= decay <= 1:
         raise ValueError(f"EMA decay {decay} is outside [0, 1]")
     for a, m in zip(average.parameters(), model.parameters()):

@@ -2,11 +2,12 @@
 
     h = Block_0(x) + sum over the modalities m that are PRESENT of (x . down) . up_m
 
-One down-projection [D,r] is shared, each modality has an up-projection [r,D], and the branch stands beside the first
-block of a frozen transformer. Everything of the method is here: the branch, the wrapper, folding a presence pattern
-into two matrices, and the controls that a claim about it has to beat.
+One down-projection [D,r] is shared, each modality has an up-projection [r,D], and the branch stands
+beside the first block of a frozen transformer. Everything of the method is here: the branch, the
+wrapper, folding a presence pattern into two matrices, and the controls that a claim about it has to
+beat. Skip this file only if you came for SeLoRA.
 
-Letters: B batch, T tokens, D width, M modalities, r rank.
+Letters: B batch, T tokens, D width, M modalities, L prompt tokens, r rank.
 """
 
 import torch
@@ -18,17 +19,19 @@ METHODS = ("head", "lora", "mora", "mora-open", "mora-shuffled", "mora-all", "pr
 class MoRA(nn.Module):
     """The branch: sum_m present_m (x . down) . up_m.
 
-    down [D,r] ~ normal(0, 1/r), up [M,r,D] = 0: a fresh branch adds exactly nothing. modalities: a tuple of names or
-    a count. With one modality and presence 1 it is the plain low-rank branch."""
+    down [D,r] ~ normal(0, 1/r), up [M,r,D] = 0: a fresh branch adds exactly nothing. modalities: a
+    tuple of names or a count. With one modality and presence 1 it is the plain low-rank branch."""
 
     def __init__(self, dim, modalities, rank=4):
         super().__init__()
-        self.modalities = (tuple(modalities) if not isinstance(modalities, int)
-                           else tuple(f"modality {m}" for m in range(modalities)))
-        if rank < 1 or not self.modalities:
-            raise ValueError(f"rank {rank} with {len(self.modalities)} modalities: both must be at least 1")
+        if isinstance(modalities, int):
+            modalities = (f"modality {m}" for m in range(modalities))
+        self.modalities = tuple(modalities)
+        M = len(self.modalities)
+        if rank < 1 or M < 1:
+            raise ValueError(f"rank {rank} with {M} modalities: both must be at least 1")
         self.down = nn.Parameter(torch.randn(dim, rank) / rank)
-        self.up = nn.Parameter(torch.zeros(len(self.modalities), rank, dim))
+        self.up = nn.Parameter(torch.zeros(M, rank, dim))
 
     def fold(self, present):
         """One up-projection per row of presence: [..., M] -> [..., r, D], sum_m present_m up_m."""
@@ -36,9 +39,8 @@ class MoRA(nn.Module):
         return (present.to(self.up) @ self.up.reshape(M, r * D)).unflatten(-1, (r, D))
 
     def forward(self, x, present):
-        """x [B,T,D], present [B,M] of 0/1 -> [B,T,D]. Linear in presence, so the sum over m comes first: one bmm, no
-        loop over samples.
-        """
+        """x [B,T,D], present [B,M] of 0/1 -> [B,T,D]. The branch is linear in presence, so the sum
+        over m comes first: one bmm, no loop over samples."""
         return (x @ self.down) @ self.fold(present)  # [B,T,r] @ [B,r,D]
 
 
@@ -57,25 +59,27 @@ class FoldedMoRA(nn.Module):
 class MoRABlock(nn.Module):
     """A transformer block with the branch beside it: block(x, ...) + mora(x, present).
 
-    Whatever else the block takes or returns is passed on; of a tuple, the first item is the hidden state. A model
-    that cannot hand `present` down to its blocks sets `.present` [B,M] before the call."""
+    Whatever else the block takes or returns is passed on; of a tuple, the first item is the hidden
+    state. A model that cannot hand `present` [B,M] down to its blocks sets `.present` first."""
 
     def __init__(self, block, mora):
         super().__init__()
-        self.block, self.mora, self.present = block, mora, None
+        self.block = block
+        self.mora = mora
+        self.present = None
 
     def forward(self, x, *args, present=None, **kwargs):
         present = self.present if present is None else present
         if present is None and isinstance(self.mora, MoRA):
-            raise ValueError("which modalities are present? pass present [B,M], or set MoRABlock.present first")
-        out, branch = self.block(x, *args, **kwargs), self.mora(x, present)
+            raise ValueError("which modalities are present? "
+                             "pass present [B,M], or set MoRABlock.present first")
+        out = self.block(x, *args, **kwargs)
+        branch = self.mora(x, present)  # [B,T,D]
         return (out[0] + branch, *out[1:]) if isinstance(out, tuple) else out + branch
 
 
 class Prompts(nn.Module):
-    """Baseline: missing-aware prompts (Lee et al., arXiv 2303.03369), L learned tokens per presence pattern, put at the
-    end of the input.
-    """
+    """Baseline: missing-aware prompts (Lee et al., arXiv 2303.03369), L tokens for each pattern."""
 
     def __init__(self, dim, modalities, length):
         super().__init__()
@@ -83,42 +87,42 @@ class Prompts(nn.Module):
         self.register_buffer("bits", 2.0 ** torch.arange(len(modalities)), persistent=False)
 
     def forward(self, x, bias, present):
-        """x [B,T,D] -> [B,T+L,D]; the attention bias grows by L zeros."""
+        """x [B,T,D] -> [B,T+L,D], prompt last; the attention bias [B,1,1,T] grows by L zeros."""
         prompt = self.table[(present.to(self.bits) @ self.bits).long()].to(x.dtype)  # [B,L,D]
         if bias is not None:
-            bias = torch.cat([bias, bias.new_zeros(1, 1, 1, 1).expand(bias.shape[0], 1, 1, int(prompt.shape[1]))], 3)
+            zeros = bias.new_zeros(1, 1, 1, 1).expand(bias.shape[0], 1, 1, int(prompt.shape[1]))
+            bias = torch.cat([bias, zeros], 3)
         return torch.cat([x, prompt.expand(x.shape[0], -1, -1)], 1), bias
 
 
 def attach(model, method, rank=4):
-    """Put a method's fresh adapter on a `ViT`-like model (`.modalities`, `.blocks`, `.prompts`) and say what trains;
-    returns the model.
+    """Put a method's fresh adapter on a `ViT`-like model (`.modalities`, `.blocks`, `.prompts`) and
+    choose what trains; returns the model.
 
-    head: nothing is added. lora: one up-projection for all, its rank raised until it has MoRA's parameters. mora.
-    mora-open: all gates 1. mora-shuffled: gates of another sample. mora-all: a branch beside every block. prompt: as
-    many parameters as MoRA or slightly more. full: everything trains. Pooler and head train in every method. Which
-    gates a method gets is `gates`."""
+    head: nothing is added. lora: plain LoRA branch with the same number of parameters: one
+    up-projection, a higher rank. mora: the method. mora-open: all `gates` are 1. mora-shuffled: the
+    gates of another sample. mora-all: a branch beside every block. prompt: as many parameters as
+    MoRA or slightly more. full: everything trains. Pooler and head train in every method."""
     if method not in METHODS:
         raise ValueError(f"method '{method}' is not known; use {', '.join(METHODS)}")
-    dim, modalities, count = model.pooler.in_features, model.modalities, len(model.modalities)
+    dim = model.pooler.in_features
+    M = len(model.modalities)
     model.requires_grad_(method == "full")
     model.pooler.requires_grad_(True)
     model.head.requires_grad_(True)
     if method == "lora":  # 2 r' D = (1 + M) r D
-        model.blocks[0] = MoRABlock(model.blocks[0], MoRA(dim, 1, max(1, round(rank * (1 + count) / 2))))
-    elif method == "prompt":
-        model.prompts = Prompts(dim, modalities, max(1, round(rank * (1 + count) / 2**count)))
+        model.blocks[0] = MoRABlock(model.blocks[0], MoRA(dim, 1, max(1, round(rank * (1 + M) / 2))))
+    elif method == "prompt":  # 2^M L D = (1 + M) r D
+        model.prompts = Prompts(dim, model.modalities, max(1, round(rank * (1 + M) / 2**M)))
     elif method.startswith("mora"):
         for i in range(len(model.blocks) if method == "mora-all" else 1):
-            model.blocks[i] = MoRABlock(model.blocks[i], MoRA(dim, modalities, rank))
+            model.blocks[i] = MoRABlock(model.blocks[i], MoRA(dim, model.modalities, rank))
     return model
 
 
 def gates(method, present, shuffled=None):
-    """The presence [B,M] that the adapter of a method is told; attention always gets the true one.
-
-    `shuffled` [B,M] are other samples' rows, for the mora-shuffled control. The plain branch has one gate [B,1],
-    always 1."""
+    """The presence [B,M] that a method's adapter gets; attention always gets the true one. For lora
+    it is one gate [B,1], always 1; for mora-shuffled, `shuffled` [B,M]: other samples' rows."""
     if method == "lora":
         return torch.ones_like(present[:, :1])
     if method == "mora-open":
@@ -127,20 +131,19 @@ def gates(method, present, shuffled=None):
 
 
 def adapter_parameters(model):
-    """{name: parameter} of what a method adds to the backbone: branches and prompts, without pooler and head."""
+    """{name: parameter} that a method adds: branches and prompts, without pooler and head."""
     return {n: p for n, p in model.named_parameters() if ".mora." in n or n.startswith("prompts.")}
 
 
 def branch_ranks(state):
     """{layer: rank} of the branches in a state dict."""
-    return {n.removesuffix(".mora.down"): t.shape[1] for n, t in state.items() if n.endswith(".mora.down")}
+    end = ".mora.down"
+    return {n.removesuffix(end): down.shape[1] for n, down in state.items() if n.endswith(end)}
 
 
 def fold(model, present):
-    """Replace every branch of the model, in place, by its folded form for one presence row [M]; returns the model.
-
-    A branch that was trained with other gates (lora, mora-open) is folded with the row it was trained with.
-    """
+    """Fold every branch of the model, in place, for one presence row [M]; returns the model. Those
+    trained with other gates (lora, mora-open) are folded with the row they were trained with."""
     for block in model.blocks:
         if isinstance(block, MoRABlock) and isinstance(block.mora, MoRA):
             block.mora = FoldedMoRA(block.mora, present)

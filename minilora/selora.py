@@ -1,55 +1,57 @@
 """SeLoRA, self-expanding low-rank adaptation (Mao et al., arXiv 2408.07196), whole, in one file.
 
-    y = base(x) + s (x A) (active * B)        A random, B zero, `active` opens the first `rank` of C rows
+    y = base(x) + s (x A) (active * B)   A random, B zero, `active` opens the first `rank` of C rows
 
-Every layer starts at a small rank and grows where Fisher information says that another rank would be worth it. Read
-in order: the layers; inject and merge; Fisher information, first as a loop, then from one ordinary backward; the
-rules that spend it. Plain LoRA is this file without `grow`.
-
-Letters: N samples, T tokens or pixels, C capacity, r rank, d_in and d_out widths, k kernel, s scale; K is the next
-waiting column of A, G_n the gradient of sample n's loss with respect to the full weight of a layer.
+Every layer starts at a small rank and grows where Fisher information says that another rank would
+be worth it. Plain LoRA is this file without `grow`. The method ends with part 1: skip 2, merging
+and saving, and 3, the products behind the probe. The file needs torch alone: copy it as it stands.
+Letters: N samples, T tokens or pixels, C capacity, r rank, d_in and d_out widths, k kernel, s
+scale, K the next waiting column of A, G_n sample n's gradient by the full weight of a layer.
 """
 
 import copy
 import math
 import re
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as AttentionOutput
+
+# ==== 1. THE METHOD ===============================================================================
 
 KINDS = (nn.Linear, nn.Conv2d)
-GROWTH = ("ratio", "gain", "random", "cheapest")  # rules of `grow`, asked again and again during training
-PLANS = ("inverse-cost", "neyman")  # rules of `plan`, asked once, before the first step
-
-
-# ---- the layers
+GROWTH = ("ratio", "gain", "random", "cheapest")  # rules of `grow`, asked again and again
 
 
 class LoRALayer(nn.Module):
-    """What both layers share. Growing is `layer.rank += 1`: row `rank` of the 0/1 buffer `active` opens.
+    """What both layers share. Growing is `layer.rank += 1`: row `rank` of the 0/1 buffer `active`
+    opens.
 
-    A waiting row of B is zero and gets no gradient, so growth changes the output by exactly 0, no shape changes, and
-    the optimizer keeps its state. The scale is constant: an alpha / r would move the output at each growth. Adam counts
-    steps per tensor, so the first step of a row that opens late is up to .1 / sqrt(.001) = 3.2 learning rates long."""
-
-    kind, axis = nn.Module, 0  # what is adapted; which dimension of A counts its columns
+    A waiting row of B is zero and gets no gradient, so growth changes the output by exactly 0, no
+    shape changes, and the optimizer keeps its state. The scale is constant: an alpha / r would move
+    the output at each growth. Adam counts steps per tensor, so the first step of a row that opens
+    late is up to .1 / sqrt(.001) = 3.2 learning rates long."""
 
     def __init__(self, base, rank=1, capacity=8, scale=2.0):
         super().__init__()
         if problem := refusal(base, rank, capacity, (self.kind,)):
             raise ValueError(problem)
-        self.base, self.capacity, self.scale = base.requires_grad_(False), capacity, float(scale)
+        self.base = base.requires_grad_(False)
+        self.capacity = capacity
+        self.scale = float(scale)
         self.d_out, self.fan_in = base.weight.flatten(1).shape
-        shape, like = list(base.weight.shape[1:]), dict(dtype=base.weight.dtype, device=base.weight.device)
-        shape.insert(self.axis, capacity)
-        bound = math.sqrt(6 / self.fan_in)  # Kaiming; nn.init.kaiming_uniform_ would take C for the fan-in of [d_in,C]
-        self.A = nn.Parameter(torch.empty(shape, **like).uniform_(-bound, bound))
-        self.B = nn.Parameter(torch.zeros(capacity, self.d_out, **like))
-        self.register_buffer("active", torch.zeros(capacity, 1, **like))
-        self._rank, self.rank = 0, rank
+        shape = list(base.weight.shape[1:])
+        shape.insert(self.axis, capacity)  # [d_in,C] or [C,c_in,k,k]
+        # Kaiming; nn.init.kaiming_uniform_ would take C for the fan-in of [d_in,C].
+        bound = math.sqrt(6 / self.fan_in)
+        self.A = nn.Parameter(base.weight.new_empty(shape).uniform_(-bound, bound))
+        self.B = nn.Parameter(base.weight.new_zeros(capacity, self.d_out))
+        self.register_buffer("active", base.weight.new_zeros(capacity, 1))
+        self._rank = 0
+        self.rank = rank
 
     @property
     def rank(self):
@@ -67,7 +69,7 @@ class LoRALayer(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._rank = int(self.active.sum())
 
-    # Merged, for code that computes with `layer.weight` itself, as nn.TransformerEncoderLayer does in inference.
+    # Merged, for code that reads `layer.weight`, as nn.TransformerEncoderLayer does in inference.
     weight = property(lambda self: self.base.weight + self.delta())
     bias = property(lambda self: self.base.bias)
 
@@ -80,12 +82,14 @@ class LoRALinear(LoRALayer):
 
     Freezes `base`. ValueError: rank above capacity, or a base that is not a plain nn.Linear."""
 
-    kind, axis = nn.Linear, 1
+    kind = nn.Linear
+    axis = 1  # the dimension of A that counts its columns
 
     def forward(self, x):
-        y, h = self.base(x), x @ self.A
-        rows, h = y.reshape(-1, self.d_out), h.reshape(-1, h.shape[-1])
-        # addmm: the sum rides on the product, without a pass over y of its own
+        y = self.base(x)
+        h = x @ self.A  # [...,C]
+        rows = y.reshape(-1, self.d_out)  # addmm adds them, without a pass over y of its own
+        h = h.reshape(-1, h.shape[-1])
         return torch.addmm(rows, h, self.active * self.B, alpha=self.scale).view_as(y)
 
     def delta(self):
@@ -96,19 +100,21 @@ class LoRALinear(LoRALayer):
 class LoRAConv2d(LoRALayer):
     """y = base(x) + s conv(conv(x, A), active * B), x [N,c_in,H,W] -> [N,c_out,H',W'].
 
-    A [C,c_in,k,k] convolves as the base does (stride, padding, dilation), B [C,c_out] is a 1x1 convolution. Freezes
-    `base`. ValueError: rank above capacity, groups > 1, a padding mode other than zeros."""
+    A [C,c_in,k,k] convolves as the base does (stride, padding, dilation), B [C,c_out] is a 1x1 one.
+    Freezes `base`. ValueError: rank above capacity, groups > 1, a padding mode other than zeros."""
 
-    kind, axis = nn.Conv2d, 0
-
-    def down(self, x, A):
-        """x [N,c_in,H,W] convolved with filters A [j,c_in,k,k], as the base convolves -> [N,j,H',W']."""
-        return F.conv2d(x, A, None, self.base.stride, self.base.padding, self.base.dilation)
+    kind = nn.Conv2d
+    axis = 0
 
     def forward(self, x):
-        y, h = self.base(x), self.down(x, self.A).flatten(2)  # [N,c_out,H',W'], [N,C,H'W']
-        up = (self.active * self.B).T.expand(x.shape[0], -1, -1)  # the 1x1 convolution
+        y = self.base(x)
+        h = self.down(x, self.A).flatten(2)  # [N,C,H'W']
+        up = (self.active * self.B).T.expand(x.shape[0], -1, -1)  # [N,c_out,C], the 1x1 convolution
         return torch.baddbmm(y.flatten(2), up, h, alpha=self.scale).view_as(y)
+
+    def down(self, x, A):
+        """x [N,c_in,H,W] convolved with filters A [j,c_in,k,k], as the base does -> [N,j,H',W']."""
+        return F.conv2d(x, A, None, self.base.stride, self.base.padding, self.base.dilation)
 
     def delta(self):
         """The change of the base's weight, [c_out,c_in,k,k]."""
@@ -118,7 +124,7 @@ class LoRAConv2d(LoRALayer):
 def refusal(layer, rank, capacity, kinds=KINDS):
     """Why a layer cannot be adapted so, or ''."""
     kind = type(layer).__name__
-    if isinstance(layer, NonDynamicallyQuantizableLinear):
+    if isinstance(layer, AttentionOutput):
         return f"{kind}: nn.MultiheadAttention reads its weight without calling it, so its Fisher is out of reach"
     if not isinstance(layer, kinds):
         return f"{kind} is not supported, only {' and '.join(k.__name__ for k in kinds)}"
@@ -129,47 +135,44 @@ def refusal(layer, rank, capacity, kinds=KINDS):
     return ""
 
 
-# ---- inject, merge, save
-
-
 def inject(model, targets=None, rank=1, capacity=8, scale=2.0):
-    """Freeze the model, put an adapter in place of layers, and return their names; then only A and B train.
+    """Freeze the model, put an adapter in place of layers, and return their names; only A and B
+    train.
 
-    targets: a regular expression that has to match the WHOLE name of a layer (re.fullmatch); None is every Linear and
-    Conv2d, without the out_proj of nn.MultiheadAttention. A layer that stands under several names matches by any of
-    them, becomes one adapter under all of them, and is returned by its first. A is drawn from torch's global
-    generator, in the order of the names. ValueError, before anything is changed: targets are no expression, match
-    nothing or a layer with weights that cannot be adapted; a convolution that cannot be; rank above capacity; adapters
-    are there."""
+    targets: a regular expression that has to match the WHOLE name of a layer (re.fullmatch); None
+    is every Linear and Conv2d, without the out_proj of nn.MultiheadAttention. A layer that stands
+    under several names matches by any of them, becomes one adapter under all of them, and is
+    returned by its first. A is drawn from torch's global generator, in the order of the names.
+    ValueError, before anything is changed: the model has adapters; targets are no expression, or
+    match nothing or a layer with weights that cannot be adapted; rank above capacity."""
     if adapters(model):
         raise ValueError(f"the model has adapters already ({next(iter(adapters(model)))}, ...): merge it first")
     try:
         re.compile(targets or "")
     except re.error as error:
         raise ValueError(f"targets {targets!r} is not a regular expression: {error}") from None
-    names, chosen = {}, {}  # layer: its first name
+    names = {layer: name for name, layer in model.named_modules()}  # the first of each layer
+    chosen = {}  # {layer: the class of its adapter}
     for name, layer in model.named_modules(remove_duplicate=False):
-        names.setdefault(layer, name)
         if targets is None:
-            wanted = isinstance(layer, KINDS) and not isinstance(layer, NonDynamicallyQuantizableLinear)
+            wanted = isinstance(layer, KINDS) and not isinstance(layer, AttentionOutput)
         else:  # a container has no weights of its own: what matters is what is in it
-            wanted = re.fullmatch(targets, name) and any(p is not None for p in layer._parameters.values())
+            wanted = re.fullmatch(targets, name) and list(layer.parameters(recurse=False))
         if wanted:
             if problem := refusal(layer, rank, capacity):
                 raise ValueError(f"layer '{name}': {problem} (which layers are adapted is chosen by `targets`)")
-            chosen[layer] = names[layer]
+            chosen[layer] = LoRAConv2d if isinstance(layer, nn.Conv2d) else LoRALinear
     if not chosen:
         raise ValueError(f"targets {targets!r} match no layer; names are like {list(names.values())[-3:]}")
     if model in chosen:
         raise ValueError("the model is itself the layer to replace: put it into an nn.Sequential first")
     model.requires_grad_(False)
-    replace(model, {layer: (LoRAConv2d if isinstance(layer, nn.Conv2d) else LoRALinear)(layer, rank, capacity, scale)
-                    for layer in chosen})
-    return list(chosen.values())
+    replace(model, {layer: kind(layer, rank, capacity, scale) for layer, kind in chosen.items()})
+    return [names[layer] for layer in chosen]
 
 
 def replace(model, new):
-    """Put new[child] in place of each child of the model that is a key of `new`, under every name that it has."""
+    """Put new[child] in place of each child that is a key of `new`, under every name it has."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in new:
@@ -182,117 +185,59 @@ def adapters(model):
 
 
 def adapter_groups(model, weight_decay):
-    """Parameter groups for AdamW: decay for B, none for A, whose waiting columns it would shrink."""
+    """Parameter groups for AdamW: decay for B, none for A: it would shrink the waiting columns."""
     layers = adapters(model).values()
     return [dict(params=[layer.A for layer in layers], weight_decay=0.0),
             dict(params=[layer.B for layer in layers], weight_decay=weight_decay)]
 
 
-@torch.no_grad()
-def merge(model):
-    """Replace every adapter, in place, by its base with the weight W + delta; returns the model, free of adapters.
-
-    The sum is made in float64 on the CPU: no TF32, no autocast. A weight that was tied to another is untied."""
-    layers = adapters(model).values()
-    for layer in layers:
-        exact, weight = copy.deepcopy(layer).cpu().double(), layer.base.weight
-        layer.base.weight = nn.Parameter(exact.weight.to(weight), requires_grad=False)
-    replace(model, {layer: layer.base for layer in layers})
-    return model
-
-
-def adapter_state(model):
-    """{name: {"A", "B", "scale"}}: the active rows only, as CPU tensors and a float; what is shared or deployed.
-
-    To resume a training, keep the model's state_dict, which also holds the waiting columns."""
-    rows = lambda p, axis, rank: p.detach().narrow(axis, 0, rank).cpu().clone()
-    return {name: dict(A=rows(layer.A, layer.axis, layer.rank), B=rows(layer.B, 0, layer.rank), scale=layer.scale)
-            for name, layer in adapters(model).items()}
-
-
-def check_names(layers, given):
-    """ValueError unless `given` has the layers of the model's adapters as keys."""
-    if alone := sorted(layers.keys() ^ given.keys()):
-        raise ValueError(f"layer '{alone[0]}' is in {'the model' if alone[0] in layers else 'what was given'} only")
-
-
-@torch.no_grad()
-def load_adapter(model, state):
-    """Put what `adapter_state` gave into a model with adapters on the same layers, whatever their ranks are now.
-
-    Ranks and scales become the state's, rows beyond are closed and zero, and the layers can grow on, up to their own
-    capacity. ValueError, before anything is changed: other layers, other shapes, ranks above the capacity."""
-    layers = adapters(model)
-    check_names(layers, state)
-    for name, layer in layers.items():
-        if set(state[name]) != {"A", "B", "scale"}:
-            raise ValueError(f"layer '{name}': the state needs A, B and scale, and has {sorted(state[name])}")
-        A, B = state[name]["A"], state[name]["B"]
-        shape = list(layer.A.shape)
-        shape[layer.axis] = r = B.shape[0]
-        if list(A.shape) != shape or list(B.shape) != [r, layer.d_out]:
-            raise ValueError(f"layer '{name}': A {list(A.shape)} and B {list(B.shape)} do not fit: at rank {r} they "
-                             f"must be {shape} and {[r, layer.d_out]}")
-        if r > layer.capacity:
-            raise ValueError(f"layer '{name}': rank {r} is above the capacity {layer.capacity}; inject with more")
-    for name, layer in layers.items():
-        A, B, r = state[name]["A"], state[name]["B"], state[name]["B"].shape[0]
-        layer.A.narrow(layer.axis, 0, r).copy_(A)
-        layer.B.zero_()[:r].copy_(B)
-        layer.active.zero_()
-        layer._rank, layer.scale = 0, float(state[name]["scale"])
-        layer.rank = r
-
-
-# ---- Fisher information
-
-
 class Score(NamedTuple):
-    """Fisher information of a layer, I = mean over samples of the squared per-sample gradient, summed over entries.
+    """Fisher information of a layer, I = mean over samples of the squared per-sample gradient,
+    summed over entries.
 
-    current: of A's open columns and B's open rows, the paper's FI-Score. candidate: of the row of B that would open
-    next, over A's next waiting column K. Growth leaves every output and with it every other gradient as it is, and K's
-    own is zero while its row of B is, so the paper's FI-Ratio, FI-Score after growth over FI-Score before, is
-    ratio = 1 + candidate / current. expected: E_K[candidate] over columns K as they are drawn."""
+    Growth leaves every output, and so every other gradient, as it is, and K's
+    is 0 while its row of B is: `ratio` is the paper's FI-Ratio, FI-Score after growth / before."""
 
-    current: float
-    candidate: float
-    expected: float
-    ratio: float
+    current: float  # of A's open columns and B's open rows, the paper's FI-Score
+    candidate: float  # of the row of B that would open next, over A's next waiting column K
+    expected: float  # E_K[candidate] over columns K as they are drawn
+    ratio: float  # 1 + candidate / current
 
 
 def ratio(current, candidate):
-    """1 + candidate / current; inf at rank 0, 1 where neither has any (a layer that was not used), nan of nan."""
-    return 1 + candidate / current if current else candidate * math.inf if candidate else 1.0
+    """1 + candidate / current; inf at rank 0, 1 where both are 0 (an unused layer), nan of nan."""
+    if current:
+        return 1 + candidate / current
+    return candidate * math.inf if candidate else 1.0
 
 
 def fisher_loop(model, losses):
-    """{name: Score}, the explicit way: one backward per sample. `losses` [N], each sample's own loss, with the graph.
+    """{name: Score}, the explicit way: one backward per sample. For reading and testing;
+    `FisherProbe` is the fast way.
 
-    The graph is kept and no `.grad` is touched, so `losses.mean().backward()` can follow. expected is estimated by the
-    mean over all waiting columns, which is unbiased. At capacity candidate and expected are 0 and the ratio is 1.
-    For reading and testing; `FisherProbe` is the fast way. ValueError: losses that are not [N] or have no graph."""
+    losses [N], each sample's own, with the graph, which is kept; no `.grad` is touched, so
+    `losses.mean().backward()` can follow. expected is estimated by the mean over all waiting
+    columns, which is unbiased. At capacity candidate and expected are 0 and the ratio is 1.
+    ValueError: losses that are not [N] or have no graph."""
     if losses.dim() != 1 or not len(losses) or not losses.requires_grad:
         raise ValueError(f"losses {list(losses.shape)} must be one loss per sample, [N], with its graph")
     layers = adapters(model)
     parameters = [p for layer in layers.values() for p in (layer.A, layer.B)]
-    sums = {name: [0.0, 0.0, 0.0] for name in layers}
+    sums = {name: [0.0, 0.0, 0.0] for name in layers}  # current, candidate, expected
     for layer in layers.values():
-        # Open the waiting rows for the backward only. B is zero there, so no value changes: active * B is what it was,
-        # and their gradient is what the first step after growth would see. `.data`, for autograd guards its inputs.
-        layer.active.data.fill_(1)
+        # Open the waiting rows for the backward only. B is zero there, so active * B is what it was,
+        # and their gradient is what the first step after growth would see.
+        layer.active.data.fill_(1)  # `.data`, for autograd guards its inputs
     try:
         for loss in losses:
-            gradients = iter(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
-            for name, layer in layers.items():
-                A, B = next(gradients), next(gradients)
-                if A is None:  # not used by the loss
-                    continue
-                r, rows = layer.rank, B.square().sum(1)  # [C]
-                sums[name][0] += float(A.square().sum() + rows[:r].sum())  # a waiting column's gradient is zero
+            grads = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+            for layer, total, A, B in zip(layers.values(), sums.values(), grads[::2], grads[1::2]):
+                r = layer.rank
+                rows = B.square().sum(1)  # [C]
+                total[0] += float(A.square().sum() + rows[:r].sum())  # 0 in waiting columns of A
                 if r < layer.capacity:
-                    sums[name][1] += float(rows[r])
-                    sums[name][2] += float(rows[r:].mean())
+                    total[1] += float(rows[r])
+                    total[2] += float(rows[r:].mean())
     finally:
         for layer in layers.values():
             layer.active.data[layer.rank:] = 0
@@ -301,142 +246,55 @@ def fisher_loop(model, losses):
 
 
 class FisherProbe:
-    """The same from one ordinary backward: a context manager around forward AND backward of a MEAN loss over N samples.
+    """The same from one ordinary backward: a context manager around forward AND backward of a MEAN
+    loss over N samples.
 
         with FisherProbe(model) as probe:
             loss = criterion(model(x), y)
             loss.backward()
         ranks = grow(model, probe.scores(), "ratio")
 
-    Hooks keep each layer's input x and the gradient g of its output; the per-sample gradients of A and B are small
-    products of the two. A layer that is called more than once in the forward gets the sum over its calls, as in the
-    ordinary gradient. One forward and one backward per probe: the samples of a second batch would be taken for
-    further calls on the first. Inputs and gradients are held until the probe is dropped. With expected=False
-    `Score.expected` is nan, and the probe cheaper. A loss scaled by S (GradScaler) scales all but the ratio by S^2."""
+    Hooks keep each layer's input x and the gradient g of its output; the per-sample gradients of A
+    and B are small products of the two. A layer that is called more than once in the forward gets
+    the sum over its calls, as in the ordinary gradient. One forward and one backward per probe: the
+    samples of a second batch would be taken for further calls on the first. Inputs and gradients
+    are held until the probe is dropped. With expected=False `Score.expected` is nan, and the probe
+    cheaper. A loss scaled by S (GradScaler) scales all but the ratio by S^2."""
 
     def __init__(self, model, expected=True):
-        self.layers, self.expected = adapters(model), expected
+        self.layers = adapters(model)
+        self.expected = expected
 
     def __enter__(self):
-        self.samples, self.calls = None, {name: [] for name in self.layers}  # name: [(x, g), ...]
-        # prepended: a forward hook of somebody else may replace the output, and g has to be that of our own
-        self.handles = [layer.register_forward_hook(lambda layer, inputs, y, name=name: self._watch(name, inputs[0], y),
-                                                    prepend=True) for name, layer in self.layers.items()]
+        self.samples = None
+        self.calls = {name: [] for name in self.layers}  # {name: [(x, g), ...]}
+        # Prepended: another forward hook may replace the output, and g has to be that of our own.
+        self.handles = [layer.register_forward_hook(partial(self._watch, name), prepend=True)
+                        for name, layer in self.layers.items()]
         return self
 
     def __exit__(self, *error):
         for handle in self.handles:
             handle.remove()
 
-    def _watch(self, name, x, y):
-        if not y.requires_grad:  # an evaluation, or the first pass of a checkpointed block
-            return
-        if x.dim() < (4 if isinstance(self.layers[name], LoRAConv2d) else 2):
-            raise ValueError(f"layer '{name}': input {list(x.shape)} has no dimension for the samples")
-        self.samples = self.samples or x.shape[0]
-        if x.shape[0] != self.samples:
-            raise ValueError(f"layer '{name}': input {list(x.shape)} has not the {self.samples} samples of the other "
-                             "layers as its first dimension; leave the layer out by `targets`")
-        x = x.detach()
-        y.register_hook(lambda g: self.calls[name].append((x, g.detach())))
+    def _watch(self, name, layer, inputs, y):
+        x = inputs[0].detach()
+        if y.requires_grad:  # else: an evaluation, or the first pass of a checkpointed block
+            self.samples = sample_count(name, layer, x, self.samples)
+            y.register_hook(lambda g: self.calls[name].append((x, g.detach())))
 
     @torch.no_grad()
     def scores(self):
-        """{name: Score}; one transfer from the device. RuntimeError if no backward ran inside the probe."""
-        if not any(self.calls.values()):
+        """{name: Score}; one transfer from the device. RuntimeError: no backward in the probe."""
+        used = [name for name, calls in self.calls.items() if calls]
+        if not used:
             raise RuntimeError("the probe saw no backward: run forward and backward inside `with FisherProbe(model):`")
-        with torch.autocast(next(iter(self.layers.values())).A.device.type, enabled=False):
-            sums = {n: fisher(self.layers[n], calls, self.expected) for n, calls in self.calls.items() if calls}
-        # The loss is a mean, so sample n's own gradient is N g_n: I = (1/N) sum_n |N g_n|^2 = N sum_n |g_n|^2.
-        means = dict(zip(sums, (self.samples * torch.stack(list(sums.values()))).tolist()))
-        unused = [0.0, 0.0, 0.0 if self.expected else math.nan]
-        means = {name: means.get(name, unused) for name in self.layers}
+        with torch.autocast(self.layers[used[0]].A.device.type, enabled=False):
+            sums = [fisher(self.layers[name], self.calls[name], self.expected) for name in used]
+        # The loss is a mean, so sample n's own gradient is N g_n: 1/N sum |N g_n|^2 = N sum |g_n|^2.
+        means = {name: [0.0, 0.0, 0.0 if self.expected else math.nan] for name in self.layers}
+        means.update(zip(used, (self.samples * torch.stack(sums)).tolist()))
         return {name: Score(*mean, ratio(*mean[:2])) for name, mean in means.items()}
-
-
-def fisher(layer, calls, expected):
-    """[current, candidate, expected], each summed over samples instead of averaged, from the (x, g) of each call.
-
-    Everything is a product over positions, X_n U_n^T with X [N,a,T] and U [N,b,T], so the calls of a shared layer are
-    put behind each other along T."""
-    r, dtype = layer.rank, torch.promote_types(layer.A.dtype, torch.float32)
-    A = layer.A.narrow(layer.axis, 0, min(r + 1, layer.capacity)).to(dtype)  # the open columns and K
-    B = (layer.active * layer.B)[:max(r, 1)].to(dtype)
-    calls = [(x.to(dtype), g.to(dtype)) for x, g in calls]
-    join = lambda parts: parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-    h, g, x, u = (join(parts) for parts in zip(*(factors(layer, x, g, A, B) for x, g in calls)))
-    rows = (h @ g.mT).square().sum((0, 2))  # per-sample gradient of B, / s: [N,r+1,d_out] -> [r+1]
-    full = rows.new_full((), 0.0 if expected else math.nan)
-    if expected and r < layer.capacity:  # E |K^T G_n|^2 = (2 / fan_in) |G_n|^2, as K's entries have variance 2 / fan_in
-        full = 2 / layer.fan_in * (squared_norm(x, g) if isinstance(layer, LoRALinear) else
-                                   conv_norm(layer.base, *calls[0]) if len(calls) == 1 else
-                                   squared_norm(join([unfold(layer.base, x) for x, _ in calls]), g))
-    return layer.scale**2 * torch.stack([squared_norm(x, u) + rows[:r].sum(), rows[r:].sum(), full])
-
-
-def factors(layer, x, g, A, B):
-    """One call's h, g, x, u, each [N,*,T]: a sample's gradient of B is s h g^T, that of A the entries of s x u^T."""
-    if isinstance(layer, LoRALinear):  # [N,...,d] -> [N,T,d]; u = B^T g
-        x, g = (t.reshape(len(t), -1, t.shape[-1]) for t in (x, g))
-        return (x @ A).mT, g.mT, x.mT, (g @ B.T).mT
-    base, h, u = layer.base, layer.down(x, A).flatten(2), torch.einsum("ro,nohw->nrhw", B, g)
-    (H, W), (kh, kw), (sh, sw) = x.shape[2:], base.kernel_size, base.stride
-    if isinstance(base.padding, str) or base.dilation != (1, 1) or base.padding[0] >= kh or base.padding[1] >= kw:
-        return h, g.flatten(2), unfold(base, x), u.flatten(2)  # [N,c_in k k,T'], [N,r,T']
-    # A's gradient pairs each output pixel with the k x k inputs below it, which is each input pixel with the k x k
-    # outputs above it: unfold u, of r channels, not x, of c_in. Padding k - 1 - p, zeros between outputs of a stride.
-    wide = u.new_zeros(*u.shape[:2], H + kh - 1, W + kw - 1)
-    wide[:, :, kh - 1 - base.padding[0]::sh, kw - 1 - base.padding[1]::sw][:, :, :u.shape[2], :u.shape[3]] = u
-    return h, g.flatten(2), x.flatten(2), F.unfold(wide, (kh, kw))  # [N,c_in,HW], [N,r k k,HW]
-
-
-def pad(base, x):
-    """x with the zeros that a convolution puts around it; 'same' puts the odd one to the right and the bottom."""
-    if base.padding == "same":
-        h, w = (d * (k - 1) for d, k in zip(base.dilation, base.kernel_size))
-        return F.pad(x, (w // 2, w - w // 2, h // 2, h - h // 2))
-    h, w = (0, 0) if base.padding == "valid" else base.padding
-    return F.pad(x, (w, w, h, h))
-
-
-def unfold(base, x):
-    """The input patch below each output pixel of a convolution: [N,c_in,H,W] -> [N,c_in k k,T]."""
-    return F.unfold(pad(base, x), base.kernel_size, base.dilation, 0, base.stride)
-
-
-def squared_norm(x, u):
-    """sum_n ||X_n U_n^T||_F^2 for x [N,a,T], u [N,b,T], by the cheaper of the product and the Gram identity
-    ||sum_t x_t u_t^T||^2 = sum_tt' (x_t . x_t') (u_t . u_t').
-    """
-    (_, a, T), b = x.shape, u.shape[1]
-    if T * (a + b) < a * b:
-        return dot(x.mT @ x, u.mT @ u)  # [N,T,T]
-    product = x @ u.mT  # [N,a,b]
-    return dot(product, product)
-
-
-def conv_norm(base, x, g):
-    """squared_norm of unfold(x) [N,c_in k k,T] and g [N,c_out,T]. Below some 100 pixels the Gram matrix wins, and that
-    of the patches needs no patches: it is that of the pixels, summed over k x k shifts.
-    """
-    x, (N, d_out, H, W), (kh, kw) = pad(base, x), g.shape, base.kernel_size
-    T, pixels, c_in = H * W, x.shape[2] * x.shape[3], x.shape[1]
-    if pixels**2 * c_in + T**2 * (kh * kw + d_out) > T * kh * kw * c_in * d_out:
-        return squared_norm(F.unfold(x, base.kernel_size, base.dilation, 0, base.stride), g.flatten(2))
-    gram = (x.flatten(2).mT @ x.flatten(2)).reshape(N, *x.shape[2:] * 2)  # [N,H'',W'',H'',W''] of the padded pixels
-    shifts = [[slice(i * d, i * d + (n - 1) * s + 1, s) for i in range(k)]
-              for k, n, d, s in zip(base.kernel_size, (H, W), base.dilation, base.stride)]
-    gram = sum(gram[:, :, j, :, j] for j in shifts[1])  # [N,H'',W,H'',W]
-    gram = sum(gram[:, i, :, i] for i in shifts[0])  # [N,H,W,H,W]
-    return dot(gram.reshape(N, T, T), g.flatten(2).mT @ g.flatten(2))
-
-
-def dot(a, b):
-    """sum of a * b, without the product in memory."""
-    return a.flatten().dot(b.flatten())
-
-
-# ---- growth: who gets the next rank
 
 
 def adapter_cost(layer):
@@ -449,127 +307,290 @@ def adapter_parameters(model):
     return sum(layer.rank * adapter_cost(layer) for layer in adapters(model).values())
 
 
+def merit(score, cost, rule, ratio_of):
+    """What a rule that reads scores ranks the layers by."""
+    if rule == "gain":
+        return score.expected / cost
+    if ratio_of == "expected":
+        return ratio(score.current, score.expected)
+    return score.ratio
+
+
 def grow(model, scores=None, rule="ratio", lam=1.3, ratio_of="sampled", budget=None, generator=None):
     """Raise ranks by one where the rule says so; returns {name: new rank} of the layers that grew.
 
-    ratio     layers whose FI-Ratio is at least lam, the largest first; ratio_of="expected": 1 + expected / current
+    ratio     FI-Ratio at least lam, the largest first; ratio_of="expected": 1 + expected / current
     gain      the most expected Fisher information per parameter first
     random    in an order drawn from `generator` (default: torch's global one)
     cheapest  the cheapest layers first
 
-    At most one rank a layer and call; layers at capacity are passed over, and where all are, the answer is {}.
-    budget: adapter parameters of the whole model, never exceeded: layers are taken in order, those that do not fit are
-    passed over. Only `ratio` can do without. Raise it from call to call: where it allows every layer its next rank, all
-    rules do the same. ValueError: unknown rule, missing or nan scores, a budget below what the model has already."""
+    At most one rank per layer and call, none above the capacity; where all are at capacity, the
+    answer is {}. budget: adapter parameters of the
+    whole model, never exceeded: in order, layers that do not fit are passed over. Only `ratio` can
+    do without. Raise it from call to call: where it allows every layer its next rank, all rules do
+    the same. ValueError: unknown rule, missing or nan scores, a budget below what is in use."""
     layers = adapters(model)
+    spent = adapter_parameters(model)
     if rule not in GROWTH or ratio_of not in ("sampled", "expected"):
         raise ValueError(f"rule '{rule}', ratio_of '{ratio_of}': use {', '.join(GROWTH)}, sampled or expected")
     if budget is None and rule != "ratio":
         raise ValueError(f"rule '{rule}' needs a budget: without one it would grow every layer")
-    if budget is not None and budget < adapter_parameters(model):
-        raise ValueError(f"a budget of {budget} parameters is below the {adapter_parameters(model)} that the adapters "
-                         "have already")
-    waiting = {name: adapter_cost(layer) for name, layer in layers.items() if layer.rank < layer.capacity}
+    if budget is not None and budget < spent:
+        raise ValueError(f"a budget of {budget} parameters is below the {spent} that the adapters have already")
+    costs = {name: adapter_cost(layer) for name, layer in layers.items() if layer.rank < layer.capacity}
     if rule == "random":
-        order = [list(waiting)[i] for i in torch.randperm(len(waiting), generator=generator)]
+        order = [list(costs)[i] for i in torch.randperm(len(costs), generator=generator)]
     elif rule == "cheapest":
-        order = sorted(waiting, key=waiting.get)
+        order = sorted(costs, key=costs.get)
     else:
-        if missing := [name for name in waiting if scores is None or name not in scores]:
+        if missing := [name for name in costs if scores is None or name not in scores]:
             raise ValueError(f"rule '{rule}' has no score for layer '{missing[0]}'")
-        merit = {name: scores[name].expected / waiting[name] if rule == "gain" else scores[name].ratio if
-                 ratio_of == "sampled" else ratio(scores[name].current, scores[name].expected) for name in waiting}
-        if unknown := [name for name in waiting if math.isnan(merit[name])]:
+        merits = {name: merit(scores[name], costs[name], rule, ratio_of) for name in costs}
+        if unknown := [name for name in costs if math.isnan(merits[name])]:
             raise ValueError(f"layer '{unknown[0]}': {scores[unknown[0]]} has nan where rule '{rule}' reads; "
                              "use FisherProbe(model, expected=True), and look for nan in the loss")
-        order = sorted((name for name in waiting if (merit[name] > 0 if rule == "gain" else merit[name] >= lam)),
-                       key=merit.get, reverse=True)
-    grown, left = {}, math.inf if budget is None else budget - adapter_parameters(model)
+        if rule == "gain":
+            worthy = [name for name in merits if merits[name] > 0]
+        else:
+            worthy = [name for name in merits if merits[name] >= lam]
+        order = sorted(worthy, key=merits.get, reverse=True)
+    grown = {}
     for name in order:
-        if waiting[name] <= left:
-            left -= waiting[name]
+        if budget is None or spent + costs[name] <= budget:
+            spent += costs[name]
             layers[name].rank += 1
             grown[name] = layers[name].rank
     return grown
 
 
-def full_gradients(model, loss):
-    """{name: [d_out,fan_in]}, the gradient of `loss()`, a scalar, by the full weight of each adapted layer.
-
-    loss: a function without arguments that does the forward, for the frozen weights have to be open while it runs. No
-    `.grad` is touched, and they are frozen again after it."""
-    weights = {name: layer.base.weight for name, layer in adapters(model).items()}
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    try:
-        gradients = torch.autograd.grad(loss(), list(weights.values()), allow_unused=True, materialize_grads=True)
-    finally:
-        for weight in weights.values():
-            weight.requires_grad_(False)
-    return {name: g.flatten(1) for name, g in zip(weights, gradients)}
+# ==== 2. MERGING AND SAVING =======================================================================
 
 
-def plan(model, rule, budget, gradients=None):
-    """Ranks {name: rank} for a budget of adapter parameters, chosen before the first step; `set_ranks` applies them.
+@torch.no_grad()
+def merge(model):
+    """Replace every adapter, in place, by its base with the weight W + delta; returns the model,
+    free of adapters.
 
-    inverse-cost  r ~ 1 / cost: cheap layers get more, without looking at any data
-    neyman        r ~ sqrt(D / cost), which minimises sum D / r under sum cost r = budget (Neyman allocation).
-                  `gradients`: `full_gradients` of two or more batches, at B = 0. With G_a and G_b their means over odd
-                  and even batches, m_o = max(0, <G_a[o], G_b[o]>) is |E G[o]|^2 of output row o, without the noise
-                  that the square of one mean has; v_o is the mean over batches of |G[o]|^2; and
-                  D = sqrt(2 / fan_in) sum_o m_o / sqrt(v_o) is what a rank should save in Adam's first step
+    The sum is made in float64 on the CPU: no TF32, no autocast. A weight that was tied to another
+    is untied."""
+    layers = adapters(model).values()
+    for layer in layers:
+        exact = copy.deepcopy(layer).cpu().double()
+        weight = exact.weight.to(layer.base.weight)
+        layer.base.weight = nn.Parameter(weight, requires_grad=False)
+    replace(model, {layer: layer.base for layer in layers})
+    return model
 
-    Rank 0 is allowed. ValueError: unknown rule, fewer than two batches, a budget that buys no rank."""
+
+def adapter_state(model):
+    """{name: {"A", "B", "scale"}}: the active rows only, as CPU tensors and a float; what is shared
+    or deployed.
+
+    To resume a training, keep the model's state_dict, which also holds the waiting columns."""
+    state = {}
+    for name, layer in adapters(model).items():
+        A = layer.A.detach().narrow(layer.axis, 0, layer.rank)
+        B = layer.B.detach()[:layer.rank]
+        # Cloned, because torch.save would write the waiting rows behind a view too.
+        state[name] = dict(A=A.cpu().clone(), B=B.cpu().clone(), scale=layer.scale)
+    return state
+
+
+def check_names(layers, given):
+    """ValueError unless `given` has the layers of the model's adapters as keys."""
+    if alone := sorted(layers.keys() ^ given.keys()):
+        place = "the model" if alone[0] in layers else "what was given"
+        raise ValueError(f"layer '{alone[0]}' is in {place} only")
+
+
+@torch.no_grad()
+def load_adapter(model, state):
+    """Put what `adapter_state` gave into a model with adapters on the same layers, whatever their
+    ranks are now.
+
+    Ranks and scales become the state's, rows beyond are closed and zero, and the layers can grow
+    on, up to their own capacity. ValueError, before anything is changed: other layers, other
+    shapes, ranks above the capacity."""
     layers = adapters(model)
-    costs = {name: adapter_cost(layer) for name, layer in layers.items()}
-    if rule not in PLANS:
-        raise ValueError(f"rule '{rule}' is not known; use {', '.join(PLANS)}")
-    if budget < min(costs.values()):
-        raise ValueError(f"a budget of {budget} parameters buys no rank: the cheapest costs {min(costs.values())}")
-    weights = {name: 1 / cost for name, cost in costs.items()}
-    if rule == "neyman":
-        count, means, squares = 0, [{}, {}], {}
-        for batch in gradients or ():  # one at a time: a generator never holds two
-            for name, G in batch.items():
-                half = means[count % 2]
-                half[name] = half.get(name, 0) + G
-                squares[name] = squares.get(name, 0) + G.square().sum(1)  # [d_out]
-            count += 1
-        if count < 2:
-            raise ValueError(f"rule 'neyman' compares batches: it needs the gradients of two or more, not of {count}")
-        for name, layer in layers.items():
-            m = (means[0][name] * means[1][name]).sum(1).clamp(min=0) / (count**2 // 4)  # [d_out]
-            D = (m / (squares[name] / count).sqrt()).nan_to_num(0).sum() * math.sqrt(2 / layer.fan_in)  # 0 / 0: unused
-            weights[name] = math.sqrt(float(D) / costs[name])
-    return apportion(weights, costs, budget, {name: layer.capacity for name, layer in layers.items()})
-
-
-def apportion(weights, costs, budget, capacities):
-    """Ranks r = clip(round(c weight), 0, capacity), c bisected to sum cost r <= budget, the rest by largest remainder.
-
-    All arguments but the budget are {name: number}. A layer of weight 0 gets rank 0."""
-    ranks = lambda c: {n: min(math.floor(c * w + 0.5), capacities[n]) for n, w in weights.items()}
-    spent = lambda r: sum(costs[n] * k for n, k in r.items())
-    low, high = 0.0, max([capacities[n] / w for n, w in weights.items() if w > 0], default=0.0)  # `high` fills all
-    for _ in range(100):
-        c = (low + high) / 2
-        low, high = (c, high) if spent(ranks(c)) <= budget else (low, c)
-    chosen = ranks(low)
-    for name in sorted(weights, key=lambda n: low * weights[n] - chosen[n], reverse=True):
-        if weights[name] > 0 and chosen[name] < capacities[name] and spent(chosen) + costs[name] <= budget:
-            chosen[name] += 1
-    return chosen
-
-
-def set_ranks(model, ranks):
-    """Raise each layer to its rank: a plan, or another run's final ranks. ValueError, before anything is changed, where
-    the layers are others or a rank cannot be reached.
-    """
-    layers = adapters(model)
-    check_names(layers, ranks)
+    check_names(layers, state)
     for name, layer in layers.items():
-        if not layer.rank <= ranks[name] <= layer.capacity:
-            raise ValueError(f"layer '{name}': rank {layer.rank} can be raised up to the capacity {layer.capacity}, "
-                             f"not set to {ranks[name]}")
+        check_fit(name, layer, state[name])
     for name, layer in layers.items():
-        layer.rank = ranks[name]
+        new = state[name]
+        r = len(new["B"])
+        layer.A.narrow(layer.axis, 0, r).copy_(new["A"])
+        layer.B.zero_()[:r].copy_(new["B"])
+        # A rank can only be raised: close all rows, then open the state's.
+        layer.active.zero_()
+        layer.scale = float(new["scale"])
+        layer._rank = 0
+        layer.rank = r
+
+
+def check_fit(name, layer, state):
+    """ValueError unless a layer can take its part of an adapter's state."""
+    if set(state) != {"A", "B", "scale"}:
+        raise ValueError(f"layer '{name}': the state needs A, B and scale, and has {sorted(state)}")
+    A = list(state["A"].shape)
+    B = list(state["B"].shape)
+    r = state["B"].shape[0]
+    fitting_A = list(layer.A.shape)
+    fitting_A[layer.axis] = r
+    fitting_B = [r, layer.d_out]
+    if A != fitting_A or B != fitting_B:
+        raise ValueError(f"layer '{name}': A {A} and B {B} do not fit: at rank {r} they must be "
+                         f"{fitting_A} and {fitting_B}")
+    if r > layer.capacity:
+        raise ValueError(f"layer '{name}': rank {r} is above the capacity {layer.capacity}; "
+                         "inject with more")
+
+
+# ==== 3. THE PRODUCTS BEHIND THE PROBE ============================================================
+
+
+def sample_count(name, layer, x, samples):
+    """How many samples the input x of a layer has. ValueError unless that is `samples`, the number
+    in the layers before, if there were any."""
+    if x.dim() < layer.base.weight.dim():
+        raise ValueError(f"layer '{name}': input {list(x.shape)} has no dimension for the samples")
+    if samples and len(x) != samples:
+        raise ValueError(f"layer '{name}': input {list(x.shape)} has not the {samples} samples of "
+                         "the other layers as its first dimension; leave the layer out by "
+                         "`targets`")
+    return len(x)
+
+
+def fisher(layer, calls, expected):
+    """[current, candidate, expected], each summed over samples instead of averaged, from the (x, g)
+    of each call.
+
+    Everything is a product over positions, X_n U_n^T with X [N,a,T] and U [N,b,T], so the calls of
+    a shared layer are put behind each other along T."""
+    r = layer.rank
+    dtype = torch.promote_types(layer.A.dtype, torch.float32)
+    # A's open columns and K; B's open rows, or at rank 0 a waiting one, which counts as zeros.
+    A = layer.A.narrow(layer.axis, 0, min(r + 1, layer.capacity)).to(dtype)
+    B = (layer.active * layer.B)[:max(r, 1)].to(dtype)
+    calls = [(x.to(dtype), g.to(dtype)) for x, g in calls]
+    parts = zip(*(factors(layer, x, g, A, B) for x, g in calls))
+    h, g, x, u = (join(part) for part in parts)
+    # A sample's gradient of B, / s, is [r+1,d_out].
+    rows = (h @ g.mT).square().sum((0, 2))  # [r+1]
+    current = squared_norm(x, u) + rows[:r].sum()
+    candidate = rows[r:].sum()
+    mean = rows.new_full((), 0.0 if expected else math.nan)
+    if expected and r < layer.capacity:
+        # E |K^T G_n|^2 = (2 / fan_in) |G_n|^2, as K's entries have variance 2 / fan_in.
+        mean = 2 / layer.fan_in * full_norm(layer, calls, x, g)
+    return layer.scale**2 * torch.stack([current, candidate, mean])
+
+
+def full_norm(layer, calls, x, g):
+    """sum_n |G_n|^2 from the (x, g) of each call, and x and g as `factors` gives them, joined."""
+    if isinstance(layer, LoRALinear):
+        return squared_norm(x, g)
+    if len(calls) == 1:
+        return conv_norm(layer.base, *calls[0])
+    patches = [unfold(layer.base, pad(layer.base, x)) for x, _ in calls]
+    return squared_norm(join(patches), g)
+
+
+def join(parts):
+    """Tensors [N,*,T] of several calls, behind each other along T."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts, 2)
+
+
+def factors(layer, x, g, A, B):
+    """One call's h, g, x, u, each [N,*,T]: a sample's gradient of B is s h g^T, that of A the
+    entries of s x u^T."""
+    if isinstance(layer, LoRALinear):
+        x = x.unsqueeze(1).flatten(1, -2)  # [N,T,d_in]
+        g = g.unsqueeze(1).flatten(1, -2)  # [N,T,d_out]
+        h = x @ A  # [N,T,r+1]
+        u = g @ B.T  # [N,T,r]
+        return h.mT, g.mT, x.mT, u.mT
+    base = layer.base
+    padding = base.padding
+    kh, kw = base.kernel_size
+    h = layer.down(x, A).flatten(2)  # [N,r+1,T]
+    u = torch.einsum("ro,nohw->nrhw", B, g)  # [N,r,H',W']
+    g = g.flatten(2)  # [N,c_out,T]
+    # Patches of x, or the cheaper way below, where the padding and the dilation allow it.
+    by_patch = isinstance(padding, str) or base.dilation != (1, 1)
+    if by_patch or padding[0] >= kh or padding[1] >= kw:
+        patches = unfold(base, pad(base, x))  # [N,c_in k k,T]
+        return h, g, patches, u.flatten(2)
+    # A's gradient pairs each output pixel with the k x k inputs below it, which is each input pixel
+    # with the k x k outputs above it: unfold u, of r channels, not x, of c_in. Padding k - 1 - p,
+    # zeros between outputs of a stride.
+    wide = u.new_zeros(*u.shape[:2], x.shape[2] + kh - 1, x.shape[3] + kw - 1)
+    top = kh - 1 - padding[0]
+    left = kw - 1 - padding[1]
+    outputs = wide[:, :, top::base.stride[0], left::base.stride[1]]
+    outputs[:, :, :u.shape[2], :u.shape[3]] = u
+    u = F.unfold(wide, (kh, kw))  # [N,r k k,HW]
+    return h, g, x.flatten(2), u
+
+
+def pad(base, x):
+    """x with the zeros that a convolution puts around it; 'same' puts the odd one to the right and
+    the bottom."""
+    if base.padding == "same":
+        h, w = (d * (k - 1) for d, k in zip(base.dilation, base.kernel_size))
+        return F.pad(x, (w // 2, w - w // 2, h // 2, h - h // 2))
+    h, w = (0, 0) if base.padding == "valid" else base.padding
+    return F.pad(x, (w, w, h, h))
+
+
+def unfold(base, padded):
+    """The input patch below each output pixel of a convolution, from an input that is padded
+    already: [N,c_in,H,W] -> [N,c_in k k,T]."""
+    return F.unfold(padded, base.kernel_size, base.dilation, 0, base.stride)
+
+
+def squared_norm(x, u):
+    """sum_n ||X_n U_n^T||_F^2 for x [N,a,T], u [N,b,T], by the cheaper of the product and the Gram
+    identity ||sum_t x_t u_t^T||^2 = sum_tt' (x_t . x_t') (u_t . u_t')."""
+    a, T = x.shape[1:]
+    b = u.shape[1]
+    if T * (a + b) < a * b:
+        return dot(x.mT @ x, u.mT @ u)  # [N,T,T]
+    product = x @ u.mT  # [N,a,b]
+    return dot(product, product)
+
+
+def conv_norm(base, x, g):
+    """squared_norm of the patches of x [N,c_in k k,T] and g [N,c_out,T]. Below some 100 pixels the
+    Gram matrix wins, and that of the patches needs no patches: it is that of the pixels, summed
+    over k x k shifts."""
+    x = pad(base, x)
+    N, c_in, H, W = x.shape
+    _, c_out, height, width = g.shape
+    pixels = H * W
+    T = height * width
+    k = math.prod(base.kernel_size)
+    g = g.flatten(2)
+    # Multiplications: two Gram matrices and the shifts, against the product.
+    if pixels**2 * c_in + T**2 * (k + c_out) > T * k * c_in * c_out:
+        return squared_norm(unfold(base, x), g)
+    x = x.flatten(2)
+    gram = (x.mT @ x).reshape(N, H, W, H, W)
+    gram = sum(gram[:, :, j, :, j] for j in shifts(base, 1, width))  # [N,H,W',H,W']
+    gram = sum(gram[:, i, :, i] for i in shifts(base, 0, height))  # [N,H',W',H',W']
+    return dot(gram.reshape(N, T, T), g.mT @ g)
+
+
+def shifts(base, axis, outputs):
+    """For each place in the kernel along an axis, the padded pixels below the outputs, a slice."""
+    dilation = base.dilation[axis]
+    stride = base.stride[axis]
+    extent = (outputs - 1) * stride + 1
+    starts = [i * dilation for i in range(base.kernel_size[axis])]
+    return [slice(start, start + extent, stride) for start in starts]
+
+
+def dot(a, b):
+    """sum of a * b, without the product in memory."""
+    return a.flatten().dot(b.flatten())

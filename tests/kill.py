@@ -19,6 +19,7 @@ import torch
 
 import train_mora
 import train_selora
+from minilora import report
 
 TINY = {
     train_mora: ["--seeds", "1", "--steps", "12", "--pretrain-steps", "10", "--phantoms", "240", "--width", "16", "--depth", "2", "--heads", "2", "--batch", "16",
@@ -36,7 +37,7 @@ def child(script, strike, after):
         return pid
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        script.SAVE_EVERY, script.LOG_EVERY, script.pyplot = 3, 5, lambda: None
+        script.SAVE_EVERY, script.LOG_EVERY, report.pyplot = 3, 5, lambda: None
         place, done = os.replace, 0
 
         def replace(*paths):

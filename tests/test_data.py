@@ -8,6 +8,8 @@ import pytest
 
 from minilora import data, metrics
 from minilora.data import Refused
+from minilora.phantoms import phantoms
+from minilora.words import CLS, UNK, tokenize, words_of
 
 
 def study(**changes):
@@ -24,17 +26,17 @@ def write(path, arrays):
 
 
 def test_phantoms_are_the_same_bytes_and_the_domains_differ():
-    one, again, source = data.phantoms(50, 3), data.phantoms(50, 3), data.phantoms(50, 3, "source")
+    one, again, source = phantoms(50, 3), phantoms(50, 3), phantoms(50, 3, "source")
     assert one.images.tobytes() == again.images.tobytes() and list(one.notes) == list(again.notes)
     assert one.images.mean() > 140 > 110 > source.images.mean()  # inverted contrast
-    words = lambda s: {w for n in s.notes for w in data.words_of(n)}
+    words = lambda s: {w for n in s.notes for w in words_of(n)}
     assert words(one) - words(source)  # unseen synonyms
     assert one.modalities == ("image", "note", "vitals", "labs") and np.isnan(one.numeric["vitals"]).any()
     assert one.have().all() and set(one.attributes) == {"kind", "symptom", "history", "side", "agree"}
 
 
 def test_study_round_trip_keeps_every_field(tmp_path):
-    s = data.phantoms(30, 1)
+    s = phantoms(30, 1)
     data.save_study(tmp_path / "s.npz", s)
     back = data.load_study(tmp_path / "s.npz")
     assert np.array_equal(back.images, s.images) and list(back.notes) == list(s.notes)
@@ -143,10 +145,10 @@ def test_a_study_too_small_to_split_is_refused():
 
 
 def test_tokenizer():
-    ids = data.tokenize(["Fever, [MASK]  fever!", "", "a b c d e f"], 100, 4)
-    assert ids.shape == (3, 4) and ids[0, 0] == data.CLS and ids[0, 1] == ids[0, 3] and ids[0, 2] == data.UNK
-    assert list(ids[1]) == [data.CLS, 0, 0, 0] and (ids[2] > 0).all() and ids.max() < 100 and ids.min() >= 0
-    assert hashlib.sha256(data.tokenize(["a routine chest film"], 2048, 8).tobytes()).hexdigest()[:8] == "d5a79011"
+    ids = tokenize(["Fever, [MASK]  fever!", "", "a b c d e f"], 100, 4)
+    assert ids.shape == (3, 4) and ids[0, 0] == CLS and ids[0, 1] == ids[0, 3] and ids[0, 2] == UNK
+    assert list(ids[1]) == [CLS, 0, 0, 0] and (ids[2] > 0).all() and ids.max() < 100 and ids.min() >= 0
+    assert hashlib.sha256(tokenize(["a routine chest film"], 2048, 8).tobytes()).hexdigest()[:8] == "d5a79011"
 
 
 def test_resize_keeps_constants_means_and_identity():

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from minilora import data
+from minilora.phantoms import phantoms
+from minilora.words import tokenize
 from minilora.diffusion import (
     add_noise,
     alphas_cumprod,
@@ -46,7 +48,7 @@ def denoiser(**sizes):
 
 def prompts(rows, positions=12, buckets=64):
     notes = ["ring shadow left side", "fever", "", "small mass on the right, weight loss"]
-    return torch.from_numpy(data.tokenize([notes[i % 4] for i in range(rows)], buckets, positions))
+    return torch.from_numpy(tokenize([notes[i % 4] for i in range(rows)], buckets, positions))
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
@@ -138,7 +140,7 @@ def test_padding_changes_nothing_and_words_do():
 
 def test_latents_have_unit_variance_after_measure():
     vae = VAE(width=8)
-    x = torch.from_numpy(data.prepare_images(data.phantoms(64, 0, "source").images, 32, 1))
+    x = torch.from_numpy(data.prepare_images(phantoms(64, 0, "source").images, 32, 1))
     mean, log_variance = vae.encode(x)
     z = mean + torch.randn_like(mean) * (log_variance / 2).exp()
     image = vae.decode(z)
@@ -332,7 +334,7 @@ def test_exported_decoder_and_step_equal_torch(tmp_path):
 
 
 def test_both_losses_fall_on_phantoms():
-    study = data.phantoms(128, 0, "source")
+    study = phantoms(128, 0, "source")
     x, ids = torch.from_numpy(data.prepare_images(study.images, 32, 1)), prompts(128)
     vae = VAE(width=8)
     optimizer, losses = torch.optim.Adam(vae.parameters(), 4e-3), []

@@ -14,7 +14,9 @@ from conftest import ROOT, TINY
 
 import export
 import train_mora
-from minilora import checkpoint, data, serve
+from minilora import checkpoint, data, export_mora, serve, serve_cli
+from minilora.models import build
+from minilora.phantoms import phantoms
 from minilora.data import Refused
 from minilora.mora import gates
 
@@ -33,7 +35,7 @@ def diagnoser(folder):
 
 def samples(n=9, seed=8):
     """n phantoms of any size with whatever the missing table leaves them: (images, notes, vitals rows), None for missing."""
-    s = data.phantoms(n, seed, size=40)
+    s = phantoms(n, seed, size=40)
     present = data.missing_table(np.ones((n, 3), bool), MODALITIES, "any:0.8", seed)
     pick = lambda values, m: [v if p else None for v, p in zip(values, present[:, m])]
     return pick(s.images, 0), pick([str(t) for t in s.notes], 1), pick(s.numeric["vitals"], 2)
@@ -64,10 +66,10 @@ def test_graphs_equal_torch_for_every_method_and_pattern(tmp_path, monkeypatch, 
     g = torch.Generator().manual_seed(0)  # a barely trained branch is nearly zero: make it count
     adapter["state"] = {k: v + 0.3 * torch.randn(v.shape, generator=g) if ".mora." in k else v for k, v in adapter["state"].items()}
     checkpoint.save(run / "model.pt", saved | {"adapter": adapter})
-    out = export.export_mora(run)
-    model = train_mora.build(saved["config"], saved["base"], method, adapter["rank"], 0, adapter["state"]).eval()
+    out = export_mora.export_mora(run)
+    model = build(saved["config"], saved["base"], method, adapter["rank"], 0, adapter["state"]).eval()
     d = serve.Diagnoser(out, "cpu")
-    example, _ = export.golden_inputs(saved["config"], [(1, 1, 1)], n=5)
+    example, _ = export_mora.golden_inputs(saved["config"], [(1, 1, 1)], n=5)
     seen = []
     for name in d.manifest["graphs"]:
         row = torch.tensor([[float(name == "mask" or m in name.split("+")) for m in MODALITIES]]).expand(5, 3)
@@ -85,7 +87,7 @@ def test_graphs_equal_torch_for_every_method_and_pattern(tmp_path, monkeypatch, 
 
 def test_served_metrics_are_the_training_tables(tiny, capsys, tmp_path):
     run = tiny[1]
-    serve.main(["predict", str(run / "onnx"), "--data", str(run / "phantoms.npz"), "--split", str(run / "split-s0.npz"),
+    serve_cli.main(["predict", str(run / "onnx"), "--data", str(run / "phantoms.npz"), "--split", str(run / "split-s0.npz"),
                 "--missing", "image:0.5", "--out", str(tmp_path / "p.csv"), "--device", "cpu"])
     said = capsys.readouterr().out
     row = json.loads((run / "metrics.json").read_text())["methods"]["mora"]["by_test"]["image:0.5"]
@@ -128,8 +130,8 @@ sys.meta_path.insert(0, Refuse())
 
 def test_prediction_and_check_where_importing_torch_raises(folder, tmp_path):
     image = tmp_path / "x.npy"
-    np.save(image, data.phantoms(1, 3).images[0])
-    for script in ("from minilora.serve import main", "from export import main"):
+    np.save(image, phantoms(1, 3).images[0])
+    for script in ("from minilora.serve_cli import main", "from export import main"):
         for argv in (["check", str(folder), "--device", "cpu"], ["predict", str(folder), "--device", "cpu", "--image", str(image), "--temperature", "39"]):
             code = f"{NO_TORCH}\n{script}\nmain({argv!r})\nassert 'torch' not in sys.modules"
             done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -138,7 +140,7 @@ def test_prediction_and_check_where_importing_torch_raises(folder, tmp_path):
 
 
 def test_export_is_the_same_bytes_again(tiny, tmp_path):
-    again = export.export_mora(tiny[1], tmp_path / "again")
+    again = export_mora.export_mora(tiny[1], tmp_path / "again")
     for p in (tiny[1] / "onnx").iterdir():
         assert (again / p.name).read_bytes() == p.read_bytes(), p.name
 
@@ -153,7 +155,7 @@ def test_check_passes_and_fails_on_other_outputs(folder, tmp_path, capsys):
     data.write_atomic(other / "golden.npz", data.npz_bytes(golden))
     rewrite(other, "files", "golden.npz", data.sha256(other / "golden.npz"))
     with pytest.raises(SystemExit) as stopped:
-        serve.main(["check", str(other)])
+        serve_cli.main(["check", str(other)])
     assert stopped.value.code == 1 and "FAILED" in capsys.readouterr().out
 
 
@@ -185,7 +187,7 @@ def test_a_changed_folder_is_refused_before_a_session_is_made(folder, tmp_path, 
     monkeypatch.setattr(serve.onnxruntime, "InferenceSession", lambda *a, **k: pytest.fail("a session was made"))
     for command in (["check", str(other)], ["predict", str(other), "--note", "fever"]):
         with pytest.raises(SystemExit) as stopped:
-            serve.main(command)
+            serve_cli.main(command)
         said = capsys.readouterr().err.strip()
         assert stopped.value.code == 2 and "\n" not in said and (name in said or "manifest.json" in said)
 
@@ -230,45 +232,45 @@ def test_bad_graph_inputs_are_refused(diagnoser):
 def test_command_lines_are_refused_in_one_line(folder, tiny, refused, tmp_path, monkeypatch):
     picture = tiny[0] / "x.png"
     picture.write_bytes(b"not a picture")
-    assert "no such file" in refused(serve.main, "predict", folder, "--image", "absent.png")
-    assert "not a readable picture" in refused(serve.main, "predict", folder, "--image", picture)
-    assert "nothing to diagnose" in refused(serve.main, "predict", folder)
-    assert "no manifest.json" in refused(serve.main, "predict", tiny[0], "--note", "a")
-    assert "absent.npz" in refused(serve.main, "predict", folder, "--data", "absent.npz")
-    assert "'tpu'" in refused(serve.main, "predict", folder, "--note", "a", "--device", "tpu")
-    data.save_study(tiny[0] / "other.npz", data.phantoms(30, 1).select(("labs",)))
-    assert "other.npz: has labs" in refused(serve.main, "predict", folder, "--data", tiny[0] / "other.npz")
+    assert "no such file" in refused(serve_cli.main, "predict", folder, "--image", "absent.png")
+    assert "not a readable picture" in refused(serve_cli.main, "predict", folder, "--image", picture)
+    assert "nothing to diagnose" in refused(serve_cli.main, "predict", folder)
+    assert "no manifest.json" in refused(serve_cli.main, "predict", tiny[0], "--note", "a")
+    assert "absent.npz" in refused(serve_cli.main, "predict", folder, "--data", "absent.npz")
+    assert "'tpu'" in refused(serve_cli.main, "predict", folder, "--note", "a", "--device", "tpu")
+    data.save_study(tiny[0] / "other.npz", phantoms(30, 1).select(("labs",)))
+    assert "other.npz: has labs" in refused(serve_cli.main, "predict", folder, "--data", tiny[0] / "other.npz")
     assert "no such file" in refused(export.main, "mora", "absent")
     assert "cannot be served" in refused(export.main, "mora", tiny[1], "--method", "mora-shuffled")
     assert "this run has full-s0" in refused(export.main, "mora", tiny[1], "--seed", "5")
     monkeypatch.setitem(sys.modules, "PIL", None)
-    assert "pip install 'minilora[pictures]'" in refused(serve.main, "predict", folder, "--image", picture)
+    assert "pip install 'minilora[pictures]'" in refused(serve_cli.main, "predict", folder, "--image", picture)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_that_does_not_load_is_refused(folder, refused):
-    assert "device 'cuda'" in refused(serve.main, "predict", folder, "--note", "fever", "--device", "cuda")
+    assert "device 'cuda'" in refused(serve_cli.main, "predict", folder, "--note", "fever", "--device", "cuda")
 
 
 def test_a_picture_is_predicted_like_its_array(folder, tmp_path, capsys):
     pil = pytest.importorskip("PIL.Image")
-    image = data.phantoms(1, 3).images[0]
+    image = phantoms(1, 3).images[0]
     pil.fromarray(image).save(tmp_path / "x.png")
     np.save(tmp_path / "x.npy", image)
     said = []
     for name in ("x.png", "x.npy"):
-        serve.main(["predict", str(folder), "--image", str(tmp_path / name), "--note", "fever"])
+        serve_cli.main(["predict", str(folder), "--image", str(tmp_path / name), "--note", "fever"])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and "present: image, note" in said[0] and "not a diagnosis of anybody" in said[0]
 
 
 def test_five_modalities_get_graphs_for_the_patterns_of_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    s = data.phantoms(240, 4)
+    s = phantoms(240, 4)
     s.numeric["more"], s.columns["more"] = s.numeric["labs"].copy(), ["weight", "height"]
     data.save_study("five.npz", s)
     train_mora.main([*TINY, "--methods", "head", "mora", "--out", "r", "--data", "five.npz", "--missing", "image:0.5"])
-    d = serve.Diagnoser(export.export_mora("r"), "cpu")
+    d = serve.Diagnoser(export_mora.export_mora("r"), "cpu")
     assert set(d.manifest["graphs"]) == {"mask", "image+note+vitals+labs+more", "note+vitals+labs+more"}
     assert d.predict(notes=["fever"]).shape == (1, 4)  # through the mask graph
 
@@ -276,7 +278,7 @@ def test_five_modalities_get_graphs_for_the_patterns_of_training(tmp_path, monke
 def test_an_export_killed_between_its_two_renames_is_undone_by_the_next(tiny, tmp_path, monkeypatch):
     shutil.copytree(tiny[1], tmp_path / "run")
     os.replace(tmp_path / "run/onnx", tmp_path / "run/.onnx.123.old")
-    monkeypatch.setattr(export, "trace", lambda *args: 1 / 0)
+    monkeypatch.setattr(export_mora, "trace", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export.main(["mora", str(tmp_path / "run")])
     assert serve.Diagnoser(tmp_path / "run/onnx", "cpu") and not (tmp_path / "run/.onnx.123.old").exists()
@@ -286,9 +288,9 @@ def test_an_interrupted_export_leaves_the_old_folder(tiny, tmp_path, monkeypatch
     out = tmp_path / "onnx"
     shutil.copytree(tiny[1] / "onnx", out)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    monkeypatch.setattr(export, "trace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(export_mora, "trace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        export.export_mora(tiny[1], out)
+        export_mora.export_mora(tiny[1], out)
     assert os.listdir(tmp_path) == ["onnx"] and {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
@@ -321,16 +323,16 @@ def test_files_without_labels_or_with_one_class_are_predicted(tiny, folder, tmp_
     arrays = {k: v for k, v in data.read_npz(tmp_path / "one.npz").items() if k not in ("labels", "class_names")}
     np.savez(tmp_path / "none.npz", **arrays)
     for name, labelled in (("one", 6), ("none", 0)):
-        serve.main(["predict", str(folder), "--data", str(tmp_path / f"{name}.npz"), "--device", "cpu", "--out", str(tmp_path / "p.csv")])
+        serve_cli.main(["predict", str(folder), "--data", str(tmp_path / f"{name}.npz"), "--device", "cpu", "--out", str(tmp_path / "p.csv")])
         assert f"6 samples, {labelled} labelled" in capsys.readouterr().out
         assert len((tmp_path / "p.csv").read_text().splitlines()) == 7
 
 
 def test_arrays_that_are_no_pictures_are_refused(folder, tmp_path, refused):
     np.save(tmp_path / "float.npy", np.full((8, 8, 3), 0.5))
-    assert "float64" in refused(serve.main, "predict", folder, "--image", "float.npy")
+    assert "float64" in refused(serve_cli.main, "predict", folder, "--image", "float.npy")
     np.save(tmp_path / "rgba.npy", np.zeros((8, 8, 4), np.uint8))
-    assert "[8, 8, 4]" in refused(serve.main, "predict", folder, "--image", "rgba.npy")
+    assert "[8, 8, 4]" in refused(serve_cli.main, "predict", folder, "--image", "rgba.npy")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -338,20 +340,20 @@ def test_the_whole_way_on_cuda(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = [a if a != "cpu" else "cuda" for a in TINY]
     train_mora.main([*argv, "--methods", "head", "mora", "prompt", "--out", "r"])
-    out = export.export_mora("r")
+    out = export_mora.export_mora("r")
     assert serve.check(out, "cuda") <= serve.TOLERANCES["mora", "float32"]
     assert serve.Diagnoser(out, "cuda").provider == "CUDAExecutionProvider"
 
 
 def test_an_unlabelled_file_is_predicted_by_a_model_of_several_findings(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    s = data.phantoms(240, 4).select(("note",))
+    s = phantoms(240, 4).select(("note",))
     s.labels = np.stack([s.labels == c for c in range(4)], 1).astype(np.int64)
     data.save_study("several.npz", s)
     train_mora.main([*TINY, "--methods", "head", "mora", "--out", "r", "--data", "several.npz"])
-    out = export.export_mora("r")
+    out = export_mora.export_mora("r")
     np.savez("none.npz", notes=s.notes[:5])
-    serve.main(["predict", str(out), "--data", "none.npz", "--device", "cpu", "--out", "p.csv"])
+    serve_cli.main(["predict", str(out), "--data", "none.npz", "--device", "cpu", "--out", "p.csv"])
     assert "5 samples, 0 labelled" in capsys.readouterr().out
     for line in (tmp_path / "p.csv").read_text().splitlines()[1:]:
         _, _, label, said, *p = line.split(",")

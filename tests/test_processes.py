@@ -12,7 +12,7 @@ from test_train_selora import TINY as TINY_SELORA
 
 import train_mora
 import train_selora
-from minilora import checkpoint, selora
+from minilora import checkpoint, cli, processes, selora
 
 WORKER = """
 import sys
@@ -20,22 +20,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import train_selora
-from minilora import checkpoint, diffusion, selora
+from minilora import diffusion, loop, processes, selora
+from minilora.ranks import Job
 from minilora.unet import Denoiser
 
 torch.set_num_threads(1)
 out = Path(sys.argv[1])
 cfg = train_selora.Config(out=out, steps=5, every=2, batch=8, lam=1.2, lr=0.02)
-with checkpoint.processes(torch.device("cpu")), checkpoint.Stopper() as stop:
+with processes.processes(torch.device("cpu")), loop.Stopper() as stop:
     torch.manual_seed(0)
     model = Denoiser(width=8, text_width=8, text_depth=1, heads=2, buckets=64, positions=6).double()
     torch.nn.init.normal_(model.unet.last.weight, std=0.1)
     selora.inject(model)
-    ctx = {"z": torch.randn(40, 4, 8, 8).double(), "ids": torch.randint(3, 64, (40, 6)), "alphas": diffusion.alphas_cumprod(),
-           "parts": {0: {"train": np.arange(40)}}, "log": checkpoint.Log(out / "log.jsonl"), "stop": stop}
-    _, history = train_selora.adapt(cfg, ctx, model, {"name": "ratio", "rule": "ratio", "budget": 0, "rank": 1}, 0)
-    heldout = train_selora.heldout_loss(model, ctx, np.arange(21))
-    torch.save({"state": model.state_dict(), "history": history, "heldout": heldout}, out / f"rank{checkpoint.world()[0]}.pt")
+    pairs = train_selora.Pairs(torch.randn(40, 4, 8, 8).double(), torch.randint(3, 64, (40, 6)), diffusion.alphas_cumprod())
+    _, history = train_selora.adapt(cfg, pairs, model, Job("ratio", "ratio", 0, 1), 0, np.arange(40), loop.Log(out / "log.jsonl"), stop)
+    heldout = train_selora.heldout_loss(model, pairs, np.arange(21))
+    torch.save({"state": model.state_dict(), "history": history, "heldout": heldout}, out / f"rank{processes.world()[0]}.pt")
 """
 
 
@@ -82,15 +82,15 @@ def test_both_scripts_run_under_torchrun_and_rank_0_writes(tmp_path, monkeypatch
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):
-    monkeypatch.setattr(checkpoint, "world", lambda: (1, 3))
-    assert checkpoint.own_part(torch.arange(6), 6).tolist() == [1, 4]
-    with pytest.raises(checkpoint.Refused, match="--batch 8 cannot be divided among 3 processes"):
-        checkpoint.own_part(torch.arange(8), 8)
+    monkeypatch.setattr(processes, "world", lambda: (1, 3))
+    assert processes.own_part(torch.arange(6), 6).tolist() == [1, 4]
+    with pytest.raises(processes.Refused, match="--batch 8 cannot be divided among 3 processes"):
+        processes.own_part(torch.arange(8), 8)
 
 
 def test_bfloat16_and_compiled_steps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_selora, "pyplot", lambda: None)
+    monkeypatch.setattr("minilora.report.pyplot", lambda: None)
     compiler = torch.compile  # the graph is captured as ever; generating its kernels would take minutes
     monkeypatch.setattr(torch, "compile", lambda model: compiler(model, backend="eager"))
     for name, flags in (("plain", []), ("amp", ["--amp"]), ("compiled", ["--compile"])):
@@ -152,9 +152,9 @@ def test_fisher_and_growth_under_bfloat16_and_compiled():
 
 def test_presets_fill_in_sizes_that_are_not_given(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cfg = checkpoint.with_preset(train_selora.Config(preset="large", width=64), train_selora.PRESETS)
+    cfg = cli.with_preset(train_selora.Config(preset="large", width=64), train_selora.PRESETS)
     assert cfg.width == 64 and cfg.image_size == 64 and train_selora.check(cfg)["size"] == 16
-    cfg = checkpoint.with_preset(train_mora.Config(preset="large"), train_mora.PRESETS)
+    cfg = cli.with_preset(train_mora.Config(preset="large"), train_mora.PRESETS)
     assert (cfg.width, cfg.depth, cfg.patch, cfg.image_size) == (768, 12, 32, 384)
     with pytest.raises(SystemExit):
         train_mora.main(["--preset", "huge"])

@@ -28,7 +28,8 @@ from conftest import ROOT, TINY
 import export
 import train_mora
 import train_selora
-from minilora import checkpoint, data, interchange, selora, serve, studies
+from minilora import checkpoint, data, export_selora, interchange, report, selora, serve, serve_cli, studies
+from minilora.phantoms import phantoms
 from minilora.data import Refused
 
 LONG = bool(os.environ.get("LONG"))
@@ -52,12 +53,12 @@ def built(tiny, tmp_path_factory):
     try:
         shutil.copytree(tiny[1], "mora")
         shutil.copy(next((tiny[0] / "runs/base").glob("vit-*.pt")), ".")
-        train_selora.pyplot, drawing = (lambda: None), train_selora.pyplot
+        report.pyplot, drawing = (lambda: None), report.pyplot
         train_selora.main([*DRAW, "--out", "draw"])
-        train_selora.pyplot = drawing
+        report.pyplot = drawing
         export.main(["selora", "draw"])
         export.main(["selora", "draw", "--hot-swap", "swap"])
-        data.save_study("study.npz", data.phantoms(30, 0))
+        data.save_study("study.npz", phantoms(30, 0))
     finally:
         os.chdir(before)
     return folder
@@ -120,7 +121,7 @@ def loaders(folder):
     found = {f"mora/onnx/{p.name}": opened("mora/onnx", serve.Diagnoser) for p in (folder / "mora/onnx").iterdir()}
     found |= {f"{name}/{p.name}": opened(name, serve.Synthesizer) for name in ("draw/onnx", "swap") for p in (folder / name).iterdir()}
     found |= {"mora/model.pt": lambda: checkpoint.load(folder / "mora/model.pt", "mora"), "draw/model.pt": lambda: checkpoint.load(folder / "draw/model.pt", "selora"),
-              "study.npz": lambda: studied(folder), "mora/split-s0.npz": lambda: serve.chosen_rows(phantoms, split),
+              "study.npz": lambda: studied(folder), "mora/split-s0.npz": lambda: serve_cli.chosen_rows(phantoms, split),
               "mora/config.json": lambda: configured(folder / "mora")}  # fmt: skip
     for p in (folder / "mora/adapters").glob("*.pt"):
         found[f"mora/adapters/{p.name}"] = lambda p=p: checkpoint.load(p, "mora adapter", f"{p.stem}-0.01")
@@ -368,6 +369,7 @@ def test_odd_requests_are_answered_or_refused(built, capsys):
 
 def test_odd_command_lines_end_in_one_line(built, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "open_run", lambda cfg: sys.exit(0))  # after all checks, before anything is written
     shutil.copytree(built, "b")
     np.save("grey.npy", IMAGES[0])
     chance, counts, codes = random.Random(3), {}, {}
@@ -378,17 +380,17 @@ def test_odd_command_lines_end_in_one_line(built, tmp_path, monkeypatch, capsys)
     lines = []
     for script, flags in trained.items():
         for _ in range(300 if LONG else 60):
-            line = ["--out", chance.choice(["o", "b/study.npz", "/dev/null/x", "b/mora"]), "--dry-run", "--phantoms", "60", "--device", "cpu"] if chance.random() < 0.9 else []
+            line = ["--out", chance.choice(["o", "b/study.npz", "/dev/null/x", "b/mora"]), "--phantoms", "60", "--device", "cpu"] if chance.random() < 0.9 else []
             for flag in chance.sample(flags, chance.choice([1, 1, 2])):
                 line += [flag, chance.choice(odd)]
-            lines.append((script, line if "--dry-run" in line else [*line, "--dry-run", "--phantoms", "0"]))
+            lines.append((script, line if "--phantoms" in line else [*line, "--phantoms", "0"]))
     folders = ["b/mora/onnx", "b/draw/onnx", "b/swap", "b/mora", "b", "nowhere"]
     for _ in range(400 if LONG else 80):
-        module, commands = chance.choice([(export, ["mora", "selora", "check", "predict", "sample", "peft", "bench"]), (serve, ["check", "predict", "sample"]), (studies, ["inspect", "from-csv", "from-covid-chestxray"])])
+        module, commands = chance.choice([(export, ["mora", "selora", "check", "predict", "sample", "peft"]), (serve_cli, ["check", "predict", "sample"]), (studies, ["inspect", "from-csv"])])
         line = [chance.choice(commands), chance.choice(folders if module is not studies else ["b/study.npz", "b", "b/mora/config.json", *odd])]
         for flag in chance.sample(["--note", "--image", "--data", "--split", "--missing", "--out", "--n", "--seed", "--steps", "--guidance", "--adapter", "--temperature", "--device", "--size", "--format", "--method"], 2):
             line += [flag, chance.choice(["grey.npy", "fever", "p.csv", "1", "2", "cpu", *odd])]
-        if line[0] in ("mora", "selora", "bench", "peft") and chance.random() < 0.8:
+        if line[0] in ("mora", "selora", "peft") and chance.random() < 0.8:
             line[1] = chance.choice(["b", "nowhere", "grey.npy"])  # a whole export takes a second
         lines.append((module, line))
     for script, line in lines:
@@ -584,7 +586,7 @@ def test_ctrl_c_in_export_is_one_line_and_leaves_nothing(built, tmp_path, monkey
     shutil.copytree(built / "draw", tmp_path / "draw")
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(export, "torch_answers", lambda *a: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(export_selora, "torch_answers", lambda *a: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(SystemExit) as stopped:
         export.main(["selora", "draw", "--out", "new"])
     assert stopped.value.code == 130 and capsys.readouterr().err.strip() == "stopped"
@@ -596,7 +598,7 @@ def test_numbers_that_are_none_stop_and_leave_the_last_save(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_selora, "SAVE_EVERY", 2)
     monkeypatch.setattr(train_selora, "LOG_EVERY", 2)
-    monkeypatch.setattr(train_selora, "pyplot", lambda: None)
+    monkeypatch.setattr("minilora.report.pyplot", lambda: None)
     loss, scores, calls = train_selora.diffusion.denoising_loss, selora.FisherProbe.scores, []
 
     def broken(model, *args, **kwargs):
@@ -621,5 +623,5 @@ def test_numbers_that_are_none_stop_and_leave_the_last_save(tmp_path, monkeypatc
     assert kept["step"] == 4 and all(v.isfinite().all() for v in kept["state"].values())
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_selora, "pyplot", lambda: None)
+    monkeypatch.setattr("minilora.report.pyplot", lambda: None)
     train_selora.main([*DRAW, "--out", "run", "--steps", "8", "--resume"])  # and it can go on from there

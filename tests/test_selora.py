@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from minilora import selora
-from minilora.selora import FisherProbe, LoRAConv2d, LoRALinear, Score, adapters, fisher_loop, grow, inject, plan
+from minilora.ranks import PLANS, apportion, full_gradients, plan, set_ranks
+from minilora.selora import FisherProbe, LoRAConv2d, LoRALinear, Score, adapters, fisher_loop, grow, inject
 
 LAYERS = {  # name: (layer, shape of the input, samples first)
     "linear [N,d]": (lambda: nn.Linear(6, 5), (4, 6)),
@@ -124,7 +125,7 @@ def test_probe_is_the_loop(kind, rank):
 def test_expected_is_the_squared_full_gradient_of_each_sample(kind):
     model, x = single(kind)
     layer = model[0]
-    norms = [selora.full_gradients(model, lambda n=n: per_sample(model(x[n:n + 1])).sum())["0"].square().sum().item()
+    norms = [full_gradients(model, lambda n=n: per_sample(model(x[n:n + 1])).sum())["0"].square().sum().item()
              for n in range(len(x))]
     exact = layer.scale**2 * 2 / layer.fan_in * sum(norms) / len(norms)
     assert close(probed(model, x)["0"].expected, exact)
@@ -227,7 +228,7 @@ def test_a_layer_called_twice_sums_its_calls(kind):
     model, x = stirred(inject_into(Twice(make().double()), rank=2, capacity=4)), torch.randn(shape, dtype=torch.float64)
     slow, fast, layer = fisher_loop(model, per_sample(model(x)))["layer"], probed(model, x)["layer"], model.layer
     assert close(slow.current, fast.current) and close(slow.candidate, fast.candidate)
-    exact = [selora.full_gradients(model, lambda n=n: per_sample(model(x[n:n + 1])).sum())["layer"].square().sum()
+    exact = [full_gradients(model, lambda n=n: per_sample(model(x[n:n + 1])).sum())["layer"].square().sum()
              for n in range(len(x))]
     assert close(fast.expected, layer.scale**2 * 2 / layer.fan_in * sum(exact).item() / len(exact))
 
@@ -293,7 +294,7 @@ def test_unused_layer_and_no_information():
     with FisherProbe(model) as probe:
         per_sample(model["used"](x)).mean().backward()
     assert probe.scores()["unused"] == slow["unused"] == Score(0.0, 0.0, 0.0, 1.0)
-    full = selora.full_gradients(model, lambda: per_sample(model["used"](x)).mean())
+    full = full_gradients(model, lambda: per_sample(model["used"](x)).mean())
     assert full["used"].abs().max() > 0 and torch.equal(full["unused"], torch.zeros(2, 3, dtype=torch.float64))
 
 
@@ -682,13 +683,13 @@ def test_grow_refuses():
 
 def batches(model, count):
     data = [batch(8) for _ in range(count)]
-    return [selora.full_gradients(model, lambda x=x: per_sample(model(x)).mean()) for x in data]
+    return [full_gradients(model, lambda x=x: per_sample(model(x)).mean()) for x in data]
 
 
 def test_full_gradients_are_the_gradients_of_an_unfrozen_model():
     base, x = small(), batch()
     model = inject_into(copy.deepcopy(base), rank=0)
-    found = selora.full_gradients(model, lambda: per_sample(model(x)).mean())
+    found = full_gradients(model, lambda: per_sample(model(x)).mean())
     per_sample(base(x)).mean().backward()
     for name, layer in adapters(model).items():
         assert torch.allclose(found[name], getattr(base, name).weight.grad.flatten(1), rtol=1e-12, atol=0)
@@ -711,7 +712,7 @@ def test_neyman_by_hand():
     assert abs(three["0"] / three["1"] - math.sqrt(D[0] / 6) / wanted[1]) < 1e-3
 
 
-@pytest.mark.parametrize("rule", selora.PLANS)
+@pytest.mark.parametrize("rule", PLANS)
 def test_plans_respect_budget_and_capacity(rule):
     model = inject_into(small(), rank=0, capacity=4)
     gradients = batches(model, 4)
@@ -722,7 +723,7 @@ def test_plans_respect_budget_and_capacity(rule):
         assert previous <= spent <= budget and all(0 <= r <= 4 for r in ranks.values())
         previous = spent
     assert set(ranks.values()) == {4} and min(plan(model, rule, 11, gradients).values()) == 0
-    selora.set_ranks(model, plan(model, rule, 100, gradients))
+    set_ranks(model, plan(model, rule, 100, gradients))
     assert 74 < selora.adapter_parameters(model) <= 100  # nothing that still fits is left over
     with pytest.raises(ValueError, match="10 parameters buys no rank: the cheapest costs 11"):
         plan(model, rule, 10, gradients)
@@ -731,7 +732,7 @@ def test_plans_respect_budget_and_capacity(rule):
 def test_apportion():
     numbered = lambda values: dict(enumerate(values))
     ask = lambda weights, costs, budget, caps: list(
-        selora.apportion(numbered(weights), numbered(costs), budget, numbered(caps)).values())
+        apportion(numbered(weights), numbered(costs), budget, numbered(caps)).values())
     assert ask([1, 1, 1], [5, 5, 5], 15, [8] * 3) == [1, 1, 1]
     assert ask([1, 1, 1], [5, 5, 5], 14, [8] * 3) == [1, 1, 0]  # all round up at once: what fits, in order
     assert ask([3, 2, 1], [1, 1, 1], 6, [8] * 3) == [3, 2, 1]
@@ -748,7 +749,7 @@ def test_plans_refuse():
         with pytest.raises(ValueError, match="two or more"):
             plan(model, "neyman", 100, gradients)
     with pytest.raises(ValueError, match="layer 'mix' is in the model only"):
-        selora.set_ranks(model, dict(conv=1, head=1))
+        set_ranks(model, dict(conv=1, head=1))
     with pytest.raises(ValueError, match="layer 'head': rank 0 can be raised up to the capacity 8, not set to 9"):
-        selora.set_ranks(model, dict(conv=1, mix=1, head=9))
+        set_ranks(model, dict(conv=1, mix=1, head=9))
     assert selora.adapter_parameters(model) == 0

@@ -2,13 +2,16 @@
 
 import csv
 import hashlib
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import train_mora
 import train_selora
-from minilora import data, serve, studies
+from minilora import data, phantoms, serve, studies
 from minilora.data import Refused
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is in the pictures extra")
@@ -247,19 +250,25 @@ def test_encodings_and_delimiters_are_said(folder, capsys):
     assert convert(tmp_path, "--encoding", "cp437", out="o.npz").notes[0] != "fièvre, toux"
 
 
-def test_the_public_collection(tmp_path, capsys):
-    (tmp_path / "images").mkdir()
+def test_the_public_collection_by_the_page_of_the_docs(tmp_path, monkeypatch, capsys):
+    clone = tmp_path / "covid-chestxray-dataset"
+    (clone / "images").mkdir(parents=True)
     header = ["patientid", "offset", "sex", "age", "finding", "temperature", "pO2 saturation", "view", "modality", "filename", "clinical notes"]
     rows = []
     for i in range(14):
-        Image.fromarray(drawing() + np.uint8(i)).save(tmp_path / "images" / f"x{i}.png")
+        Image.fromarray(drawing() + np.uint8(i)).save(clone / "images" / f"x{i}.png")
         finding = ["Pneumonia/Viral/COVID-19", "Pneumonia/Bacterial", "todo"][0 if i < 6 else 1 if i < 13 else 2]
         rows.append([i // 2, i, "MF"[i % 2], 50 + i, finding, "" if i else 38.5, "", "PA", "X-ray", f"x{i}.png", "Patient with COVID-19 pneumonia, fever"])
     rows.append([99, 0, "F", 50, "COVID-19", "", "", "Axial", "CT", "x0.png", ""])
-    write_csv(tmp_path, rows, header, "metadata.csv")
-    studies.main(["from-covid-chestxray", str(tmp_path), "--out", str(tmp_path / "c.npz"), "--size", "16"])
+    write_csv(clone, rows, header, "metadata.csv")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "covid_chestxray.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], {})
+    words = shlex.split(re.search(r"```\n(python -m .*?)```", page, re.S)[1].replace("\\\n", " "))
+    assert words[:3] == ["python", "-m", "minilora.studies"]
+    studies.main([*words[3:], "--size", "16"])
     assert "left out   1 that are no X-rays: CT Axial 1" in capsys.readouterr().out
-    s = data.load_study(tmp_path / "c.npz")
+    s = data.load_study(tmp_path / "covid.npz")
     assert len(s) == 14 and s.class_names == ["COVID-19", "other"] and [int((s.labels == k).sum()) for k in (0, 1, -1)] == [6, 7, 1]
     assert s.notes[0] == "Patient with [MASK] [MASK], fever" and s.columns["tabular"][1] == "sex_male"
     np.testing.assert_array_equal(s.numeric["tabular"][:2], np.array([[50, 1, 0, 38.5, np.nan], [51, 0, 1, np.nan, np.nan]], np.float32))
@@ -312,7 +321,7 @@ def test_inspect_describes_and_draws_a_sheet(folder, capsys, monkeypatch):
     assert "samples    12" in said and "split      train" in said and f"sheet: {tmp_path / 'o.png'}" in said
     with Image.open(tmp_path / "o.png") as sheet:
         assert sheet.width > sheet.height > 200
-    data.save_study(tmp_path / "words.npz", data.phantoms(40, 0).select(("note", "labs")))
+    data.save_study(tmp_path / "words.npz", phantoms.phantoms(40, 0).select(("note", "labs")))
     studies.main(["inspect", str(tmp_path / "words.npz")])
     assert "labs       age: " in capsys.readouterr().out and not (tmp_path / "words.png").exists()
 
@@ -323,7 +332,7 @@ def test_inspect_describes_and_draws_a_sheet(folder, capsys, monkeypatch):
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
     """A study of which a third lacks its image, and of which the fit is `pad`."""
-    s = data.phantoms(150, 4, size=32).select(("image", "note"))
+    s = phantoms.phantoms(150, 4, size=32).select(("image", "note"))
     s.images[::3] = 0
     s.fit = "pad"
     path = tmp_path_factory.mktemp("half") / "half.npz"

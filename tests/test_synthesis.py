@@ -16,7 +16,10 @@ from conftest import ROOT
 import export
 import train_mora
 import train_selora
-from minilora import checkpoint, data, diffusion, selora, serve
+from minilora import checkpoint, data, diffusion, export_selora, report, selora, serve, serve_cli
+from minilora.phantoms import phantoms
+from minilora.task import draw_task, load_task
+from minilora.words import tokenize
 from minilora.serve import Diagnoser, Refused, Synthesizer
 from minilora.unet import Denoiser
 from minilora.vae import VAE
@@ -30,9 +33,9 @@ NOTES = ["coin lesion sinistral, pyrexia", "", "unremarkable, asymptomatic, none
 def drawn(tmp_path_factory):
     """Runs `neyman` (ranks 0 to 8, mixed), `uniform` and `ones` of one base, exported merged and into one hot-swap folder."""
     folder = tmp_path_factory.mktemp("drawn")
-    before, pyplot = os.getcwd(), train_selora.pyplot
+    before, pyplot = os.getcwd(), report.pyplot
     os.chdir(folder)
-    train_selora.pyplot = lambda: None  # pictures take longer than these trainings
+    report.pyplot = lambda: None  # pictures take longer than these trainings
     try:
         for name, rule, rank in (("neyman", "neyman", "1"), ("uniform", "fixed", "3"), ("ones", "fixed", "1")):
             train_selora.main([*TINY, "--out", name, "--rule", rule, "--rank", rank])
@@ -40,7 +43,7 @@ def drawn(tmp_path_factory):
             export.main(["selora", name, "--hot-swap", "swap"])
     finally:
         os.chdir(before)
-        train_selora.pyplot = pyplot
+        report.pyplot = pyplot
     return folder
 
 
@@ -59,7 +62,7 @@ def loaded(run, base=False):
 def request(n, steps, positions=10):
     rng = np.random.default_rng(3)
     noise = rng.standard_normal((n, 4, 8, 8)).astype(np.float32)
-    return noise, data.tokenize((NOTES * n)[:n], 128, positions), serve.walk(steps, 1000)
+    return noise, tokenize((NOTES * n)[:n], 128, positions), serve.walk(steps, 1000)
 
 
 def by_torch(model, vae, alphas, noise, ids, steps, guidance):
@@ -105,7 +108,7 @@ def test_the_merged_graph_has_the_nodes_of_the_base(drawn, tmp_path):
         state |= {"B": state["B"][:0], "A": state["A"].narrow(int(state["A"].dim() == 2), 0, 0)}
     (tmp_path / "base").mkdir()
     checkpoint.save(tmp_path / "base/model.pt", saved)
-    export.export_selora(tmp_path / "base")
+    export_selora.export_selora(tmp_path / "base")
     model, vae, alphas = loaded(drawn / "neyman", base=True)
     noise, ids, walk = request(2, 5)
     served = Synthesizer(tmp_path / "base/onnx", "cpu").run(noise, ids, 2.0, walk)
@@ -185,12 +188,12 @@ def test_sample_writes_a_sheet(drawn, tmp_path, monkeypatch, capsys):
     from PIL import Image
 
     monkeypatch.chdir(tmp_path)
-    serve.main(["sample", str(drawn / "neyman/onnx"), "--note", NOTES[0], "--note", NOTES[2], "--n", "3", "--steps", "2"])
-    serve.main(["sample", str(drawn / "neyman/onnx"), "--note", NOTES[0], "--note", NOTES[2], "--n", "3", "--steps", "2", "--out", "s.npy"])
+    serve_cli.main(["sample", str(drawn / "neyman/onnx"), "--note", NOTES[0], "--note", NOTES[2], "--n", "3", "--steps", "2"])
+    serve_cli.main(["sample", str(drawn / "neyman/onnx"), "--note", NOTES[0], "--note", NOTES[2], "--n", "3", "--steps", "2", "--out", "s.npy"])
     sheet, images = np.asarray(Image.open("sheet.png")), np.load("s.npy")
     assert sheet.shape == (2 * 128, 3 * 128) and (sheet[::4, ::4][32:, 64:] == images[1, 2]).all()
     assert "trained on synthetic data" in capsys.readouterr().out
-    serve.main(["sample", str(drawn / "neyman/onnx"), "--note", "word " * 30, "--n", "1", "--steps", "1", "--out", "s.npy"])
+    serve_cli.main(["sample", str(drawn / "neyman/onnx"), "--note", "word " * 30, "--n", "1", "--steps", "1", "--out", "s.npy"])
     assert "cut to its first 9 of 30 words" in capsys.readouterr().out
 
 
@@ -210,8 +213,8 @@ def test_predict_file_fills_in_marks_the_rows_and_compares(drawn, tiny, tmp_path
     monkeypatch.chdir(tmp_path)
     run, n = tiny[1], 3
     common = [str(run / "onnx"), "--data", str(run / "phantoms.npz"), "--split", str(run / "split-s0.npz"), "--missing", "image:0.5"]
-    serve.main(["predict", *common, "--out", "plain.csv"])
-    serve.main(["predict", *common, "--out", "filled.csv", "--synthesizer", str(drawn / "neyman/onnx"), "--draws", str(n), "--steps", "2"])
+    serve_cli.main(["predict", *common, "--out", "plain.csv"])
+    serve_cli.main(["predict", *common, "--out", "filled.csv", "--synthesizer", str(drawn / "neyman/onnx"), "--draws", str(n), "--steps", "2"])
     said = capsys.readouterr().out
     assert all(f"  {name} " in said for name in ("words only", "1 drawn", "4 drawn", "16 drawn", "true image"))
     plain, filled = ([line.split(",") for line in open(f).read().splitlines()] for f in ("plain.csv", "filled.csv"))
@@ -306,7 +309,7 @@ def test_a_graph_that_changed_under_a_server_is_refused(drawn, tiny, tmp_path):
 
 def test_command_lines_that_cannot_be_served(drawn, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = lambda *argv: refused_in(tmp_path, serve.main, *map(str, argv))
+    said = lambda *argv: refused_in(tmp_path, serve_cli.main, *map(str, argv))
     merged = drawn / "neyman/onnx"
     assert "must end in .png or .npy" in said("sample", merged, "--note", "a", "--out", "s.jpg")
     assert "--n is 0" in said("sample", merged, "--note", "a", "--n", 0)
@@ -328,19 +331,11 @@ def test_command_lines_that_cannot_be_served(drawn, tiny, tmp_path, monkeypatch)
     assert "--draws is 0" in said("predict", tiny[1] / "onnx", "--note", "a", "--synthesizer", merged, "--draws", 0)
 
 
-def test_bench_prints_every_graph_beside_eager(drawn, tiny, capsys):
-    for folder, graphs in ((drawn / "neyman/onnx", ("sampler", "denoise")), (tiny[1] / "onnx", ("image+note", "mask"))):
-        export.bench(folder, "cpu", rounds=1)
-        said = capsys.readouterr().out
-        assert "provider CPUExecutionProvider" in said and "beside it: yes" in said
-        assert all(sum(line.startswith(f"{graph} ") and len(line.split()) == 6 for line in said.splitlines()) == 3 for graph in graphs)
-
-
 def test_a_run_is_written_for_peft(drawn, tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is in the bench extra")
     from minilora import interchange
 
-    for form, file in (("peft", "adapter_model"), ("diffusers", "pytorch_lora_weights"), ("kohya", "kohya")):
+    for form, file in (("peft", "adapter_model"), ("diffusers", "pytorch_lora_weights")):
         export.main(["peft", str(drawn / "neyman"), "--out", str(tmp_path / form), "--format", form])
         assert (tmp_path / form / f"{file}.safetensors").stat().st_size > 1000
     model, _, _ = loaded(drawn / "neyman")
@@ -364,11 +359,11 @@ def test_synthetic_studies_join_the_training_split_only(drawn, tmp_path, monkeyp
     plain, more = (np.load(tmp_path / f"{name}/split-s0.npz") for name in ("plain", "more"))
     assert all((plain[k] == more[k]).all() for k in plain.files)
     assert np.isin(more["synthetic source"], plain["train"]).all() and more["synthetic images"].shape == (30, 32, 32)
-    study = data.phantoms(240, 2).select(("image", "note"))
-    cut = train_mora.draw_task(train_mora.Config(phantoms=240, seeds=1), study, 0)
+    study = phantoms(240, 2).select(("image", "note"))
+    cut = draw_task(train_mora.Config(phantoms=240, seeds=1), study, 0)
     cut |= {k: more[f"synthetic {k}"] for k in ("source", "images", "present")}
     vit = dict(image_size=32, channels=1, buckets=128, positions=12)
-    task = train_mora.load_task(study, cut, "any:0.7", vit, "cpu")
+    task = load_task(study, cut, "any:0.7", vit, "cpu")
     assert (task["train"] == [*plain["train"], *range(240, 270)]).all() and len(task["labels"]) == 270
     assert (task["labels"][240:].numpy() == study.labels[more["synthetic source"]]).all()
     assert (task["inputs"]["note"][240:] == task["inputs"]["note"][more["synthetic source"]]).all()
@@ -380,7 +375,7 @@ def test_synthetic_studies_join_the_training_split_only(drawn, tmp_path, monkeyp
 
 
 def test_a_smaller_share_lies_in_a_larger_and_leaves_the_test_split_alone():
-    study = data.phantoms(300, 2)
+    study = phantoms(300, 2)
     whole, third, tenth = (data.split(study, 1, share) for share in (1.0, 0.3, 0.1))
     assert (len(third["train"]), len(tenth["train"])) == (round(0.3 * len(whole["train"])), round(0.1 * len(whole["train"])))
     assert set(tenth["train"]) < set(third["train"]) < set(whole["train"]) and (third["test"] == whole["test"]).all()

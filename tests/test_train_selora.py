@@ -4,14 +4,20 @@ import builtins
 import json
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-import export
 import train_selora
 from minilora import checkpoint, data, diffusion, metrics, selora
+from minilora.judge import agreement, linear_reader
+from minilora.models import load_selora
+from minilora.phantoms import phantoms
+from minilora.ranks import COMPARED
+from minilora.report import selora_table
+from minilora.words import tokenize
 from minilora.unet import Denoiser
 
 TINY = ["--seeds", "1", "--steps", "14", "--every", "4", "--pretrain-steps", "6", "--vae-steps", "4", "--phantoms", "120", "--batch", "8",
@@ -22,7 +28,7 @@ TINY = ["--seeds", "1", "--steps", "14", "--every", "4", "--pretrain-steps", "6"
 def no_pictures(request, monkeypatch):
     """Pictures take longer than these trainings; the tests that look at them say so."""
     if "pictures" not in request.keywords:
-        monkeypatch.setattr(train_selora, "pyplot", lambda: None)
+        monkeypatch.setattr("minilora.report.pyplot", lambda: None)
 
 
 def files(folder, *names):
@@ -87,7 +93,7 @@ BAD = [(["--rule", "best"], "'best' is not known"), (["--rank", "9"], "--rank 9 
        (["--targets", "text.words"], "layer 'text.words': Embedding is not supported"), (["--targets", "("], "targets '(' is not a regular expression"),
        (["--rule", "neyman", "--budget", "100"], "--budget 100 is below the 2,364 parameters that rank 1 in every layer costs"),
        (["--rule", "replay", "--replay", "absent"], "absent: not a finished run"), (["--judge", "absent"], "absent/model.pt: no such file"),
-       (["--rank", "0", "--rule", "fixed"], "would train nothing"), (["--sample-steps", "1001"], "1001"), (["--sample-every", "-1"], "-1"), (["--latent", "0"], "--latent is 0"), (["--heads", "-4"], "--heads is -4"),
+       (["--rank", "0", "--rule", "fixed"], "would train nothing"), (["--sample-steps", "1001"], "1001"), (["--latent", "0"], "--latent is 0"), (["--heads", "-4"], "--heads is -4"),
        (["--rule", "gain", "--rank", "3"], "costs 7,092, and rule 'gain' may spend 4,728: nothing is left to grow"), (["--rules-table", "--capacity", "1"], "--capacity is 1"),
        (["--steps", "4"], "--steps 4 ends before the first probe, --every 4"), (["--lam", "nan"], "--lam nan")]  # fmt: skip
 
@@ -121,7 +127,7 @@ def test_a_replay_of_another_model_and_an_adapter_of_another_base_are_refused(re
 
 def test_source_and_target_must_be_two_files(refused, tmp_path):
     for name in ("a.npz", "b.npz"):
-        data.save_study(tmp_path / name, data.phantoms(60, 3).select(("image", "note")))
+        data.save_study(tmp_path / name, phantoms(60, 3).select(("image", "note")))
     said = refused(train_selora.main, *TINY, "--out", "r", "--data", "a.npz", "--source", "b.npz")
     assert "--source b.npz is the --data file" in said
 
@@ -132,7 +138,7 @@ def test_the_rules_table_compares_at_equal_parameters(tmp_path, monkeypatch, cap
     methods = json.loads((tmp_path / "r/metrics.json").read_text())["methods"]
     params = {name: m["adapter_params"][0] for name, m in methods.items()}
     cost = params["fixed r1"]
-    for rule in train_selora.COMPARED:
+    for rule in COMPARED:
         for r in (1, 2):
             assert 0.97 * r * cost <= params[f"{rule} r{r}"] <= r * cost
     for rule in ("neyman", "inverse-cost", "replay"):
@@ -141,7 +147,7 @@ def test_the_rules_table_compares_at_equal_parameters(tmp_path, monkeypatch, cap
     said = capsys.readouterr().out
     loss = {k: m["heldout_loss"][0] * 1e5 for k, m in methods.items()}
     assert f"neyman r1 minus fixed r1: {loss['neyman r1'] - loss['fixed r1']:+.0f}" in said
-    names = [f"{rule} r2" for rule in train_selora.COMPARED]
+    names = [f"{rule} r2" for rule in COMPARED]
     best = min(names, key=lambda k: methods[k]["val_loss"][0])  # chosen on one half of the held-out samples
     assert f"the validation half chooses {best} ({loss[best]:.0f} on the test half" in said
 
@@ -163,12 +169,12 @@ def test_linear_reader_and_agreement():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 6, generator=generator)
     labels = (x[:, 2] > 0).long() + 2 * (x[:, 4] > 0).long()
-    reader = train_selora.linear_reader(x[:200], torch.where(torch.arange(200) % 3 > 0, labels[:200], -1))
+    reader = linear_reader(x[:200], torch.where(torch.arange(200) % 3 > 0, labels[:200], -1))
     held, truth = x[200:].unsqueeze(1), labels[200:].clone()
-    assert train_selora.agreement(reader, held, truth) > 0.93
+    assert agreement(reader, held, truth) > 0.93
     truth[:50] = -1  # what the words do not state does not count
     truth[50:] = 3 - labels[250:]
-    assert train_selora.agreement(reader, held, truth) < 0.07
+    assert agreement(reader, held, truth) < 0.07
 
 
 def test_frechet_distance():
@@ -187,9 +193,9 @@ def test_frechet_distance():
 def test_merged_and_unmerged_models_sample_the_same_image(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train_selora.main([*TINY, "--out", "r", "--rule", "fixed", "--lr", "0.05"])
-    saved, model, vae = export.load_selora(tmp_path / "r")
+    saved, model, vae = load_selora(tmp_path / "r")
     alphas = diffusion.alphas_cumprod(kind=saved["schedule"])
-    ids = torch.from_numpy(data.tokenize(["coin lesion sinistral, pyrexia", ""], 64, 10))
+    ids = torch.from_numpy(tokenize(["coin lesion sinistral, pyrexia", ""], 64, 10))
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     base = Denoiser(**model.config)
     base.load_state_dict(checkpoint.load(tmp_path / "r/model.pt")["base"])
@@ -201,14 +207,12 @@ def test_merged_and_unmerged_models_sample_the_same_image(tmp_path, monkeypatch)
 
 
 @pytest.mark.pictures
-def test_sheets_on_the_way_and_no_matplotlib(tmp_path, monkeypatch, capsys):
+def test_pictures_and_no_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(train_selora, "pyplot", lambda: None)
+        patch.setattr("minilora.report.pyplot", lambda: None)
         train_selora.main([*TINY, "--out", "plain"])
-    train_selora.main([*TINY, "--out", "shown", "--sample-every", "8"])
-    names = sorted(p.name for p in (tmp_path / "shown/samples").iterdir())
-    assert names == [f"{job}-s0-step{8:06d}.png" for job in ("full", "ratio")]
+    train_selora.main([*TINY, "--out", "shown"])
     assert all((tmp_path / "shown" / name).stat().st_size > 5000 for name in ("ranks.png", "samples.png"))
     same = "adapters/ratio-s0.pt"  # looking changes nothing
     assert (tmp_path / "plain" / same).read_bytes() == (tmp_path / "shown" / same).read_bytes()
@@ -225,24 +229,26 @@ def missing():
     raise ImportError("no matplotlib here")
 
 
-def test_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path, monkeypatch, capsys):
+def test_a_run_says_first_what_it_adapts_and_how_much_work_is_ahead(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train_selora.main([*TINY, "--out", "r", "--dry-run", "--rules-table", "--seeds", "2"])
+    monkeypatch.setattr(checkpoint, "open_run", lambda cfg: sys.exit(0))  # the first thing that writes
+    with pytest.raises(SystemExit):
+        train_selora.main([*TINY, "--out", "r", "--rules-table", "--seeds", "2"])
     said = capsys.readouterr().out
     assert "50 layers adapted; an adapter of rank 1 has 2,364, of rank 8 18,912" in said
-    assert "40 runs of 14 steps" in said and "activations of a step" in said and not list(tmp_path.iterdir())
+    assert "40 runs of 14 steps" in said and not list(tmp_path.iterdir())
 
 
 def test_heldout_timesteps_stay_inside_the_schedule():
     """In float32 (n - 1 + u) / n can round up to 1: of 1079 rows one would ask for timestep 1000 of 1000."""
-    ctx = {"z": torch.zeros(1079, 4, 8, 8), "ids": torch.ones(1079, 2, dtype=torch.int64), "alphas": diffusion.alphas_cumprod()}
+    pairs = train_selora.Pairs(torch.zeros(1079, 4, 8, 8), torch.ones(1079, 2, dtype=torch.int64), diffusion.alphas_cumprod())
     seen = []
-    train_selora.heldout_loss(lambda z, t, ids: (seen.append(t), z)[1], ctx, np.arange(1079))
+    train_selora.heldout_loss(lambda z, t, ids: (seen.append(t), z)[1], pairs, np.arange(1079))
     assert torch.cat(seen).max() == 999
 
 
 def test_no_gap_to_close_is_said(capsys):
     report = {"data": "x", "synthetic": False, "synthetic_notes": False, "seeds": [0], "judge": None, "methods": {
         name: {"heldout_loss": [loss], "adapter_params": [5], "trainable_params": [9]} for name, loss in (("unadapted", 1.0), ("fixed", 0.9), ("full", 1.2))}}
-    said = train_selora.table(report, {})
+    said = selora_table(report, {})
     assert "there is no gap to close" in said and "%" not in said

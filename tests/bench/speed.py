@@ -25,14 +25,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import export
 import train_mora
 import train_selora
-from minilora import checkpoint, data, diffusion, selora, serve
+from minilora import checkpoint, data, diffusion, export_mora, export_selora, selora, serve
 from minilora.mora import MoRA, attach, gates
+from minilora.phantoms import phantoms
+from minilora.ranks import probe_steps as steps_with_probe
+from minilora.task import on
 from minilora.unet import Denoiser
 from minilora.vae import VAE
 from minilora.vit import ViT
+from minilora.words import tokenize
 
 ROOT, ROUNDS, WARM = Path(__file__).parents[2], 30, 3
 
@@ -95,8 +98,8 @@ def mora_vs_sample_loop(B, T, D, r, M=2, rounds=None):
 
 def mora_step_overhead():
     """A training step with MoRA against the same step of the head alone where gradients reach the input."""
-    study = data.phantoms(64, 0).select(("image", "note"))
-    inputs = train_mora.on("cpu", data.model_inputs(study, 32, 1, 2048, 12, {}))
+    study = phantoms(64, 0).select(("image", "note"))
+    inputs = on("cpu", data.model_inputs(study, 32, 1, 2048, 12, {}))
     present = torch.from_numpy(data.missing_table(study.have(), study.modalities, "any:0.7", 0).astype(np.float32))
     labels = torch.from_numpy(study.labels)
 
@@ -330,7 +333,7 @@ def synthesis(folder):
             "format": 1, "kind": "selora", "config": model.config, "base": base.state_dict(), "base_hash": "", "targets": "",
             "vae_config": vae.config, "vae": vae.state_dict(), "schedule": "cosine", "capacity": 8, "adapter": adapter, "data": "",
             "study": "", "synthetic": True, "synthetic_notes": False})  # fmt: skip
-        served[name] = serve.Synthesizer(export.export_selora(folder / name), "cpu")
+        served[name] = serve.Synthesizer(export_selora.export_selora(folder / name), "cpu")
     step = {name: serve.open_session(s.folder / "denoise.onnx", "cpu") for name, s in served.items()}
     walk, words, found = serve.walk(20, 1000), ids.numpy(), {}
     for B in (1, 8):
@@ -341,7 +344,7 @@ def synthesis(folder):
         found[f"ort_vs_eager, denoise, batch {B}"] = compare(call["merged"], eager)
 
         def python_loop(B=B):
-            x, a, pair = noise[:B].numpy(), alphas.numpy(), np.concatenate([words[:B], data.tokenize([""] * B, 2048, 16)])
+            x, a, pair = noise[:B].numpy(), alphas.numpy(), np.concatenate([words[:B], tokenize([""] * B, 2048, 16)])
             signal = [*a[walk].astype(np.float32), np.float32(1)]
             for time_, now, then in zip(walk, signal, signal[1:]):
                 both = step["merged"].run(["eps"], {"z": np.concatenate([x, x]), "t": np.full(2 * B, time_), "ids": pair})[0]
@@ -365,7 +368,7 @@ def exported(folder, **sizes):
         "format": 1, "kind": "mora", "config": model.config, "base": base, "base_hash": "", "class_names": ["a", "b", "c", "d"],
         "multilabel": False, "columns": {}, "data": "", "synthetic": True, "synthetic_notes": False, "patterns": [[1, 1]],
         "adapter": adapter})  # fmt: skip
-    served = serve.Diagnoser(export.export_mora(folder), "cpu")
+    served = serve.Diagnoser(export_mora.export_mora(folder), "cpu")
     for graph in served.manifest["graphs"]:  # the folder is gone before the measurement
         served.session(graph)
     return served, model.eval()
@@ -390,7 +393,7 @@ def main():
         for name, times in probe_steps(batch).items():
             add(f"{name}, batch {batch}", times)
     cfg = train_selora.Config()
-    probes = len(train_selora.probe_steps(cfg, "ratio", cfg.rank))
+    probes = len(steps_with_probe(cfg, "ratio", cfg.rank))
     plain, probed = results["probe_step, batch 32"]["peer_ms"], results["probe_step, batch 32"]["ours_ms"]
     add(f"default schedule, {probes} probes in {cfg.steps} steps",
         {"ours_ms": plain * cfg.steps + probes * (probed - plain), "peer_ms": plain * cfg.steps})
@@ -410,12 +413,12 @@ def main():
     for patch in (8, 4, 2):  # 16, 64 and 256 image tokens beside 12 words
         with tempfile.TemporaryDirectory() as folder:
             served, model = exported(Path(folder), patch=patch)
-        study = data.phantoms(64, 0).select(("image", "note"))
+        study = phantoms(64, 0).select(("image", "note"))
         inputs = data.model_inputs(study, 32, 1, 2048, 12, {})
         for B in (1, 8, 64) if patch == 8 else (1,):
             feed = {k: v[:B] for k, v in inputs.items()}
             words, whole = partial(served.run, "note", feed), partial(served.run, "image+note", feed)
-            eager = partial(torch.no_grad()(model.forward), train_mora.on("cpu", feed), torch.ones(B, 2))
+            eager = partial(torch.no_grad()(model.forward), on("cpu", feed), torch.ones(B, 2))
             size = f"{(32 // patch) ** 2} patches, batch {B}"
             add(f"text_only_vs_complete, {size}", compare(words, whole))
             add(f"ort_vs_eager, image+note, {size}", compare(whole, eager))

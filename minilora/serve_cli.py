@@ -1,0 +1,467 @@
+"""The command line of `serve.py`: check an exported folder, predict, draw. No torch either.
+
+    python -m minilora.serve predict runs/mora/onnx --image chest.png --note "fever, recent cold"
+    python -m minilora.serve sample runs/selora/onnx --note "coin lesion sinistral" --out sheet.png
+    python -m minilora.serve check runs/mora/onnx
+
+`export.py predict` and so on are the same. Skip this file when you read for a method.
+
+Letters: N samples of a study file, n those that are predicted, M modalities, C classes, S image
+size.
+"""
+
+import argparse
+import csv
+import io
+import os
+import re
+import sys
+from itertools import compress
+from pathlib import Path
+
+import numpy as np
+
+from minilora import data, metrics, words
+from minilora.data import Refused
+from minilora.serve import Diagnoser, Synthesizer, check, fill_in, own_manifest, tolerance
+
+COMMANDS = {
+    "check": "rerun the golden inputs and compare with torch's outputs",
+    "predict": "diagnose one sample, or a file with --data",
+    "sample": "draw images from words",
+}
+
+
+# -------------------------------------------------------------------------------------- arguments
+
+
+def command_line(argv):
+    """(the parsed command, {flag: (modality, column)}): `predict` has a flag for each numeric
+    column of its folder."""
+    parser = argparse.ArgumentParser(
+        prog="minilora.serve",
+        description="Inference from an exported folder, and its command line: "
+        "numpy and onnxruntime, never torch.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    parsers = {}
+    for name, what in COMMANDS.items():
+        p = commands.add_parser(name, help=what, allow_abbrev=False)
+        parsers[name] = p
+        p.add_argument("folder", type=Path, help="what export.py wrote, for example runs/mora/onnx")
+        p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add_sample(parsers["sample"])
+    add_predict(parsers["predict"])
+    columns = {}
+    # The folder is read before the arguments are parsed: its columns are flags among them.
+    folder = exported_folder(argv)
+    if argv[:1] == ["predict"] and folder:
+        columns = add_columns(parsers["predict"], folder)
+    return parser.parse_args(argv), columns
+
+
+def add_sample(p):
+    """The arguments of `sample` alone."""
+    p.add_argument(
+        "--note", action="append", required=True, help="words to draw; may be given several times"
+    )
+    p.add_argument("--n", type=int, default=8, help="images of each note (default: 8)")
+    p.add_argument("--seed", type=int, default=0, help="same seed, same images (default: 0)")
+    p.add_argument(
+        "--adapter", help="of a hot-swap folder: the adapter's name (default: its base alone)"
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("sheet.png"),
+        help="a .png sheet (pictures extra) or an .npy array (default: sheet.png)",
+    )
+    add_sampling(p)
+
+
+def add_predict(p):
+    """The arguments of `predict` alone, but for the numeric columns."""
+    p.add_argument(
+        "--image",
+        type=Path,
+        help="picture (pictures extra) or .npy array; leave out if missing",
+    )
+    p.add_argument("--note", help="report in words; leave out if missing")
+    p.add_argument("--data", type=Path, help="study file: predict all of it and print metrics")
+    p.add_argument("--synthetic-notes", action="store_true", help="with --data: as in training")
+    p.add_argument(
+        "--split",
+        type=Path,
+        help="with --data: keep to the test rows of this split-sN.npz",
+    )
+    p.add_argument("--missing", help="with --split: apply its stored missing table, TYPE:RATE")
+    p.add_argument("--out", type=Path, help="with --data: CSV of probabilities")
+    p.add_argument(
+        "--synthesizer",
+        type=Path,
+        metavar="FOLDER",
+        help="what export.py selora wrote: draws the images of samples that have only words",
+    )
+    p.add_argument("--draws", type=int, default=4, help="images drawn per sample (default: 4)")
+    add_sampling(p)
+
+
+def add_sampling(p):
+    """The arguments of whatever draws images."""
+    p.add_argument(
+        "--steps", type=int, default=20, help="DDIM steps of a drawn image (default: 20)"
+    )
+    p.add_argument(
+        "--guidance", type=float, default=2.0, help="weight of the words in it (default: 2)"
+    )
+
+
+def exported_folder(argv):
+    """The first exported folder among the arguments that is not --synthesizer's, or None."""
+    for before, argument in zip(argv, argv[1:]):
+        path = os.path.join(argument, "manifest.json")
+        if before != "--synthesizer" and os.path.isfile(path):
+            return argument
+    return None
+
+
+def add_columns(p, folder):
+    """An argument for each numeric column of a folder; returns {flag: (modality, column)}."""
+    columns = {}
+    for name, spec in own_manifest(folder).get("numeric", {}).items():
+        for column in spec["columns"]:
+            flag = re.sub(r"\W+", "-", column.strip())
+            if f"--{flag}" in p._option_string_actions:
+                flag = f"{name}-{flag}"
+            columns[flag] = (name, column)
+            about = f"{name}: {column}".replace("%", "%%")
+            p.add_argument(f"--{flag}", type=float, dest=f"column {flag}", help=about)
+    return columns
+
+
+# ------------------------------------------------------------------------------------- one sample
+
+
+def predict_one(diagnoser, args, columns):
+    """Probabilities of the one sample on the command line, as bars."""
+    numeric = {}  # {modality: [{column: value}]}
+    for flag, (name, column) in columns.items():
+        value = getattr(args, f"column {flag}")
+        if value is not None:
+            numeric.setdefault(name, [{}])[0][column] = value
+    notes = None if args.note is None else [args.note]
+    images = None
+    if args.image:
+        # Imported only here: most requests have no file to read.
+        from minilora.studies import grey, read_picture
+
+        colour = diagnoser.manifest["channels"] == 3
+        image = read_picture(args.image, colour)
+        images = [image if colour else grey(image)]
+    if args.synthesizer and not args.image and (args.note or "").strip():
+        print(
+            f"image: {args.draws} drawn from the words by {args.synthesizer}, "
+            "probabilities averaged"
+        )
+        synthesizer = Synthesizer(args.synthesizer, args.device)
+        # [draws,1,C]
+        each = fill_in(
+            diagnoser, synthesizer, notes, numeric, args.draws, args.steps, args.guidance
+        )
+        return show(diagnoser, each.mean(0)[0])
+    if images is None and notes is None and not numeric:
+        flags = ", ".join(f"--{flag}" for flag in ("image", "note", *columns))
+        raise Refused(f"nothing to diagnose: give --data FILE.npz, or any of {flags}")
+    probabilities = diagnoser.predict(images, notes, **numeric)[0]
+    _, present = diagnoser.inputs(images, notes, numeric)
+    print(f"present: {', '.join(compress(diagnoser.modalities, present[0]))}")
+    show(diagnoser, probabilities)
+
+
+def show(diagnoser, probabilities):
+    """Probabilities [C] as bars, the most probable first."""
+    for i in np.argsort(-probabilities):
+        p = probabilities[i]
+        print(f"{diagnoser.classes[i]:20s} {p:.3f} {'█' * round(30 * float(p))}")
+    origin = data.origin(diagnoser.manifest)
+    if origin != "real data":
+        print(f"trained on {origin}: not a diagnosis of anybody")
+
+
+# ------------------------------------------------------------------------------------- study files
+
+
+def predict_file(diagnoser, args):
+    """Probabilities of a study file's rows: metrics to stdout, one line per sample to --out."""
+    manifest = diagnoser.manifest
+    study = data.load_study(args.data, args.synthetic_notes, diagnoser.classes, training=False)
+    names = shared_modalities(study, diagnoser, args.data)
+    if study.labelled.any() and study.multilabel != manifest["multilabel"]:
+        shape = list(study.labels.shape)
+        raise Refused(f"{args.data}: labels {shape} are not of the model's kind")
+    if not args.split:
+        if manifest["data"] == {"name": args.data.name, "sha256": data.sha256(args.data)}:
+            print(
+                "the model was trained on part of this file; "
+                "--split RUN/split-s0.npz keeps to the test part"
+            )
+    rows, present = chosen_rows(study, args)
+    # [n, modalities in names]
+    present = present[:, [study.modalities.index(name) for name in names]]
+    values = {"image": study.images, "note": study.notes, **study.numeric}
+    request = {}
+    for name, column in zip(names, present.T):
+        request[name] = [values[name][row] if p else None for row, p in zip(rows, column)]
+    probabilities = diagnoser.predict(
+        request.get("image"), request.get("note"), **numeric_part(request)
+    )
+    gaps = np.zeros(len(rows), bool)
+    if args.synthesizer:
+        gaps = fill_file(diagnoser, args, study, rows, request, probabilities)
+
+    labelled = study.labelled[rows]
+    about = ""
+    if study.synthetic or manifest["synthetic"]:
+        about = " (synthetic data)"
+    if study.synthetic_notes or manifest["synthetic_notes"]:
+        about = " (synthetic notes)"
+    results = ""
+    if labelled.any():
+        results = ", ".join(scores(study.labels[rows][labelled], probabilities[labelled]))
+    count = int(labelled.sum())
+    print(f"{args.data}{about}: {len(rows)} samples, {count} labelled; {results}")
+    patterns = [data.pattern_name(row, names) for row in present]
+    for i in np.flatnonzero(gaps):
+        patterns[i] += "+drawn image"
+    counts = zip(*np.unique(patterns, return_counts=True))
+    print("present: " + ", ".join(f"{pattern} {count}" for pattern, count in counts))
+    if args.out:
+        write_table(args.out, diagnoser, study, rows, patterns, probabilities)
+        print(f"probabilities: {args.out}")
+
+
+def shared_modalities(study, diagnoser, path):
+    """Names of the modalities that study and model have; `Refused` if there are none, or if the
+    columns of one differ."""
+    names = [name for name in study.modalities if name in diagnoser.modalities]
+    for name, columns in study.columns.items():
+        if name in diagnoser.numeric and columns != diagnoser.numeric[name]["columns"]:
+            raise Refused(
+                f"{path}: columns of '{name}' are {', '.join(columns)}; "
+                f"the model has {', '.join(diagnoser.numeric[name]['columns'])}"
+            )
+    if not names:
+        raise Refused(
+            f"{path}: has {', '.join(study.modalities)}; "
+            f"the model has {', '.join(diagnoser.modalities)}"
+        )
+    return names
+
+
+def chosen_rows(study, args):
+    """(row indices [n], presence [n,M]) of a study file: all of it, or the test part of a run's
+    split with its table."""
+    have = study.have()  # [N,M]
+    if not args.split:
+        if args.missing:
+            raise Refused(
+                f"--missing {args.missing} names a table of a split file; "
+                "give --split RUN/split-s0.npz too"
+            )
+        return np.arange(len(study)), have
+    split = data.read_npz(args.split)
+    if "test" not in split or split["test"].max(initial=0) >= len(study):
+        raise Refused(f"{args.split}: not a split of the {len(study)} samples of {args.data}")
+    rows = split["test"]
+    if args.missing:
+        key = f"present {args.missing}"
+        if key not in split or len(split[key]) != len(study):
+            tables = [k.removeprefix("present ") for k in split if k.startswith("present ")]
+            raise Refused(
+                f"{args.split}: no table '{args.missing}' for this file; "
+                f"it holds {', '.join(tables)}"
+            )
+        for j, name in enumerate(split["modalities"]):
+            if name in study.modalities:
+                have[:, study.modalities.index(name)] = split[key][:, j]
+    return rows, have[rows]
+
+
+def numeric_part(request):
+    """The numeric modalities of a request {modality: n values}."""
+    return {name: rows for name, rows in request.items() if name not in ("image", "note")}
+
+
+def scores(labels, probabilities):
+    """Each score of probabilities [n,C] against labels, in words."""
+    results = metrics.scores(labels, probabilities).items()
+    return [f"{name.replace('_', '-')} {value:.3f}" for name, value in results]
+
+
+def fill_file(diagnoser, args, study, rows, request, probabilities):
+    """Diagnose again the rows that have words and lack their image, with drawn images, in place in
+    `probabilities` [n,C]; returns those rows, [n] bool. Where the file has the images that were
+    withheld, a comparison is printed."""
+    if not {"image", "note"} <= set(request):
+        names = ", ".join(request)
+        raise Refused(f"--synthesizer fills in images from words; {args.data} has {names}")
+    pairs = zip(request["image"], request["note"])
+    gaps = np.array([image is None and note is not None for image, note in pairs])
+    if not gaps.any():
+        print("no sample has words without an image: nothing to fill in")
+        return gaps
+    synthesizer = Synthesizer(args.synthesizer, args.device)
+    compare_origins(synthesizer.manifest, diagnoser.manifest)
+    part = {name: list(compress(values, gaps)) for name, values in request.items()}
+    notes = part["note"]
+    numeric = numeric_part(part)
+    chosen = rows[gaps]
+    images = study.images[chosen]
+    # These images are in the file: they were withheld, and are not missing.
+    withheld = study.labelled[chosen] & ~data.blank(images)
+    draws = args.draws
+    if withheld.any():
+        draws = max(16, draws)  # the comparison wants 16
+    # [draws, gaps, C]
+    each = fill_in(diagnoser, synthesizer, notes, numeric, draws, args.steps, args.guidance)
+    if withheld.any():
+        images = [image if shown else None for image, shown in zip(images, withheld)]
+        answers = {
+            "words only": probabilities[gaps],
+            "1 drawn": each[:1].mean(0),
+            "4 drawn": each[:4].mean(0),
+            "16 drawn": each[:16].mean(0),
+            "true image": diagnoser.predict(images, notes, **numeric),
+        }
+        print(
+            f"{int(withheld.sum())} labelled samples whose image was withheld, by words alone, "
+            f"by drawn images ({args.steps} steps, guidance {args.guidance:g}), "
+            "and by the true image:"
+        )
+        labels = study.labels[chosen][withheld]
+        for name, p in answers.items():
+            print(f"  {name:12s}  " + "  ".join(scores(labels, p[withheld])))
+    probabilities[gaps] = each[: args.draws].mean(0)
+    return gaps
+
+
+def compare_origins(synthesizer, diagnoser):
+    """Say where the manifests of the two models name other data or another split."""
+    if synthesizer["data"] != diagnoser["data"]:
+        print(
+            f"the synthesizer was trained on {synthesizer['data']}, "
+            f"the diagnoser on {diagnoser['data']}: drawn images may be of another kind"
+        )
+    seed = synthesizer.get("seed")
+    if seed != diagnoser["seed"]:
+        print(
+            f"the synthesizer's split is that of seed {seed}, the diagnoser's of "
+            f"{diagnoser['seed']}: it may have been trained on some of these samples"
+        )
+
+
+def write_table(path, diagnoser, study, rows, patterns, probabilities):
+    """A CSV file with a line per row: what was present, true and predicted classes, and the
+    probability of each class."""
+    classes = diagnoser.classes
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["row", "present", "label", "predicted", *[f"p({name})" for name in classes]])
+    for row, pattern, label, p in zip(rows, patterns, study.labels[rows], probabilities):
+        # An unlabelled row has no true class.
+        true = label == 1 if study.multilabel else np.arange(len(classes)) == label
+        predicted = p >= 0.5 if diagnoser.manifest["multilabel"] else p == p.max()
+        cells = [
+            row,
+            pattern,
+            "|".join(compress(classes, true)),
+            "|".join(compress(classes, predicted)),
+        ]
+        table.writerow(cells + [f"{value:.6f}" for value in p])
+    data.write_atomic(path, text.getvalue())
+
+
+# ----------------------------------------------------------------------------------- drawn images
+
+
+def sample_sheet(args):
+    """Draw --n images of each note into a .png sheet, one row per note, or an .npy array
+    [notes,n,S,S]."""
+    if args.n < 1:
+        raise Refused(f"--n is {args.n}; must be at least 1")
+    if args.out.suffix not in (".png", ".npy"):
+        raise Refused(f"--out {args.out}: must end in .png or .npy")
+    synthesizer = Synthesizer(args.folder, args.device)
+    m = synthesizer.manifest
+    total = len(args.note) * args.n
+    # Ten bytes a value: pixels as float32 and as bytes, before and after they are put together.
+    # The rest is the noise and the feature maps of a batch of 64.
+    area = m["image_size"] ** 2
+    needed = total * m["channels"] * area * 10 + 64 * 512 * area
+    free = free_memory()
+    if needed > free:
+        raise Refused(
+            f"--n {args.n}: {total} images need about {needed / 2**30:.1f} GiB; "
+            f"{free / 2**30:.1f} are free"
+        )
+    print(f"provider {synthesizer.provider}")
+    for note in args.note:
+        count = len(words.words_of(note))
+        if count >= m["positions"]:
+            print(f"cut to its first {m['positions'] - 1} of {count} words: {note[:60]}...")
+    notes = [note for note in args.note for _ in range(args.n)]
+    images = synthesizer.sample(notes, args.steps, args.guidance, args.seed, args.adapter)
+    images = images.reshape(len(args.note), args.n, *images.shape[1:])  # [notes,n,S,S]
+    content = io.BytesIO()
+    if args.out.suffix == ".npy":
+        np.save(content, images)
+    else:
+        write_png(content, images, args.out)
+    data.write_atomic(args.out, content.getvalue())
+    origin = data.origin(m)
+    about = "" if origin == "real data" else f"; trained on {origin}"
+    print(f"{args.out}: {len(notes)} images drawn, of no patient{about}")
+
+
+def write_png(file, images, name):
+    """Write images [notes,n,S,S] as one sheet, small ones enlarged to 128 pixels."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise Refused(
+            f"{name}: writing pictures needs Pillow: pip install 'minilora[pictures]' "
+            "(or give an .npy name)"
+        ) from None
+    sheet = np.concatenate([np.concatenate(list(row), 1) for row in images])  # [notes S, n S]
+    zoom = max(1, 128 // images.shape[2])
+    Image.fromarray(sheet.repeat(zoom, 0).repeat(zoom, 1)).save(file, "PNG")
+
+
+def free_memory():
+    """Bytes of memory that are free, or infinity where the system does not say."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
+
+def main(argv=None):
+    with data.one_line_errors():
+        args, columns = command_line(sys.argv[1:] if argv is None else argv)
+        if args.command == "check":
+            worst = check(args.folder, args.device)
+            raise SystemExit(0 if worst <= tolerance(own_manifest(args.folder)) else 1)
+        if args.command == "sample":
+            return sample_sheet(args)
+        if args.draws < 1:
+            raise Refused(f"--draws is {args.draws}; must be at least 1")
+        diagnoser = Diagnoser(args.folder, args.device)
+        print(f"provider {diagnoser.provider}")
+        if args.data:
+            predict_file(diagnoser, args)
+        else:
+            predict_one(diagnoser, args, columns)
+
+
+if __name__ == "__main__":
+    main()
