@@ -6,7 +6,7 @@ its controls, compare.
 
 The lesson is `adapt`: zero_grad, forward, loss, backward, step, around `minilora/mora.py`. What
 surrounds it stands in `minilora/loop.py` (going on after a stop, log, progress), `task.py` (data),
-`models.py` and `report.py`. """
+`models.py` and `report.py`."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -132,10 +132,10 @@ def adapt(cfg, model, method, seed, lr, task, log, stop):
         rows = torch.from_numpy(own_part(rows_of(step), cfg.batch)).to(device)
         batch = {name: x[rows] for name, x in task["inputs"].items()}  # {modality: [B,...]}
         present = task["present"][rows]  # [B,M]
-        opened = gates(method, present, task["shuffled"][rows])  # [B,M], or [B,1] for lora
+        gate = gates(method, present, task["shuffled"][rows])  # [B,M], or [B,1] for lora
         optimizer.zero_grad()
         with half:  # block 0 is a MoRABlock: it adds sum over the present m of (x . down) . up_m
-            logits = compiled(batch, present, opened)  # [B,C]
+            logits = compiled(batch, present, gate)  # [B,C]
             loss = diagnosis_loss(logits, task["labels"][rows])
         loss.backward()
         loop.note(loss)  # averages over processes; a NaN stops the run
@@ -145,8 +145,7 @@ def adapt(cfg, model, method, seed, lr, task, log, stop):
 
 
 def diagnosis_loss(logits, labels):
-    """Cross-entropy for labels [B]; for findings [B,C] binary cross-entropy over the labelled (not
-    -1)."""
+    """Cross-entropy for labels [B]; for findings [B,C] binary cross-entropy over those not -1."""
     if labels.ndim == 1:
         return F.cross_entropy(logits, labels)
     known = (labels >= 0).float()
@@ -161,8 +160,8 @@ def predict(model, method, task, rows, present, shuffled):
     parts = []
     for part in torch.from_numpy(rows).split(512):
         batch = {name: x[part] for name, x in task["inputs"].items()}
-        opened = gates(method, present[part], shuffled[part])
-        logits = model(batch, present[part], opened).double()
+        gate = gates(method, present[part], shuffled[part])
+        logits = model(batch, present[part], gate).double()
         multilabel = task["labels"].ndim == 2
         parts.append(logits.sigmoid() if multilabel else logits.softmax(1))
     return torch.cat(parts).cpu().numpy()

@@ -142,8 +142,7 @@ class Pairs:
 
 
 def adapt(cfg, pairs, model, job, seed, train, log, stop):
-    """Train what is not frozen and grow the ranks; returns (seconds, [[step, {layer: rank}],
-    ...])."""
+    """Train what is not frozen and grow the ranks; returns seconds and [[step, {layer: rank}], ...]."""
     device = pairs.z.device
     trainable = [p for p in model.parameters() if p.requires_grad]
     if selora.adapters(model):
@@ -209,7 +208,7 @@ def averaged(scores, device):
 @torch.no_grad()
 def heldout_loss(model, pairs, rows, draws=8):
     """Mean denoising loss over the rows with fixed timesteps (stratified) and noise: differences
-    are the model's. Of several processes each takes a part of the rows. """
+    are the model's. Of several processes each takes a part of the rows."""
     device = pairs.z.device
     steps = len(pairs.alphas)
     n = len(rows)

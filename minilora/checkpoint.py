@@ -39,7 +39,7 @@ def _canonical(value):
 
 def save(path, content):
     """Write tensors and plain values atomically, in rank 0. Equal content gives equal bytes
-    (torch.save to a path would store the file's name). """
+    (torch.save to a path would store the file's name)."""
     if leader():
         buffer = io.BytesIO()
         torch.save(_canonical(content), buffer)
@@ -49,7 +49,7 @@ def save(path, content):
 def load(path, kind=None, of=None):
     """Read what `save` wrote, to the CPU. `Refused` if it is missing, cut, has a flipped bit, holds
     code, is not of `kind`, or its own 'of' says that it belongs elsewhere: files that changed
-    places. """
+    places."""
     path = Path(path)
     if not path.is_file():
         raise Refused(f"{path}: no such file")
@@ -234,7 +234,7 @@ def release():
 
 def finished(out, path, content, seconds):
     """Save what a job of the run folder `out` came to, with its time, and drop its resume state;
-    returns the content as rank 0 has it, which decides for all. """
+    returns the content as rank 0 has it, which decides for all."""
     write_json(out / "timings.json", read_json(out / "timings.json", {}) | seconds)
     wait()  # all have seen that the file does not exist
     save(path, content)

@@ -103,8 +103,7 @@ def prepare(vit, target, parts, seed):
 
 
 def verdict(vit, judge, images):
-    """{'frechet', 'agreement_kind', 'agreement_side'} of uint8 images, one per row of what
-    `prepare` gave."""
+    """{'frechet', 'agreement_kind', 'agreement_side'} of uint8 images, one per row of the judge."""
     tokens = last_tokens(vit, images)
     result = {"frechet": metrics.frechet(judge["real"], features(tokens))}
     for name, truth in judge["truths"].items():

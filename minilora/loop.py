@@ -12,7 +12,7 @@ the watch for NaN, progress, log lines, averages over processes, time.
         schedule.step()
 
 It is no Trainer: optimizer, schedule and step stand in the script, in order. Skip this file when
-you read for a method. """
+you read for a method."""
 
 import json
 import math
@@ -32,8 +32,7 @@ from minilora.processes import average, leader
 
 
 def warm_cosine(steps):
-    """Learning-rate factor by step: it rises over the first tenth, then falls along a cosine to
-    0."""
+    """Learning-rate factor by step: up over the first tenth, then down along a cosine to 0."""
     warm = max(1, steps // 10)
 
     def factor(step):
@@ -44,8 +43,7 @@ def warm_cosine(steps):
 
 
 def rows_at(seed, step, n, batch):
-    """The batch of a step, [batch] positions in n: drawn from (seed, step) alone, so a resumed run
-    draws the same."""
+    """The batch of a step, [batch] positions in n, drawn from (seed, step) alone."""
     return np.random.default_rng((seed, step)).integers(0, n, batch)
 
 
@@ -155,14 +153,12 @@ class Loop:
         self.noted = True
 
     def finite(self, scores):
-        """The Fisher scores {layer: Score} of this step; `Refused` if they or the loss are not
-        finite."""
+        """The Fisher scores {layer: Score} of this step; `Refused` if a number is not finite."""
         self.watch.checked(self.step + 1, self.step)
         return self.watch.scores(self.step, scores)
 
     def after(self, done):
-        """Log, show and save what is due after `done` steps; raises `Stopped` where a stop was
-        asked for."""
+        """Log, show and save what is due after `done` steps; `Stopped` if a stop was asked for."""
         if self.log and (done % self.log_every == 0 or done == self.steps):
             first = max(0, done - self.log_every)
             if self.together:
@@ -205,8 +201,7 @@ class Watch:
         self.wrong[step] = torch.where(wrong.any(), wrong.int().argmax(), -1)
 
     def checked(self, done, first=None):
-        """Losses [n] of the steps from `first` (default: where the loop began) up to `done`, on the
-        CPU."""
+        """Losses [n] from step `first` (default: where the loop began) up to `done`, on the CPU."""
         first = self.start if first is None else first
         losses = self.losses[first:done].cpu()
         wrong = self.wrong[first:done].cpu()
@@ -237,8 +232,7 @@ class Watch:
 
 
 class Log:
-    """log.jsonl: one JSON object a line. `size` goes into a checkpoint; `cut` takes the file back
-    to it on resume."""
+    """log.jsonl: one JSON object a line. A checkpoint keeps `size`, and `cut` goes back to it."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -262,8 +256,7 @@ class Log:
 
 @dataclass
 class Progress:
-    """One line: step of steps, numbers, rate and time left. In place on a terminal, else every 10
-    seconds."""
+    """One line: step, numbers, rate, time left. In place on a terminal, else every 10 seconds."""
 
     name: str
     steps: int
@@ -292,8 +285,7 @@ class Progress:
 
 
 class Stopped(Exception):
-    """Raised between two steps, after the state was saved, when a stop was asked for; `.code` is
-    the exit code."""
+    """Raised between two steps when a stop was asked for and all is saved; `.code` for the exit."""
 
     def __init__(self, code):
         self.code = code
@@ -310,8 +302,7 @@ class Stopper:
         return self
 
     def after(self, done, every, save):
-        """Call save(done) every so many steps and when a stop was asked for; then raise
-        `Stopped`."""
+        """Call save(done) every so many steps, and when a stop was asked for; then `Stopped`."""
         if self.code or done % every == 0:
             save(done)
         if self.code:

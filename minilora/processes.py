@@ -75,8 +75,7 @@ def wait():
 
 
 def first(make):
-    """make() in rank 0, then, when its file exists, in the others: for a pretraining that is
-    cached."""
+    """make() in rank 0, then, when its file exists, in the others: for a cached pretraining."""
     made = make() if leader() else None
     wait()
     return make() if made is None else made
@@ -93,8 +92,7 @@ def own_part(rows, batch):
 
 @torch.no_grad()
 def average(tensors):
-    """Replace each tensor by its mean over the processes, in one all-reduce; returns the bytes that
-    it sent."""
+    """Replace each tensor by its mean over the processes, in one all-reduce; returns its bytes."""
     if not dist.is_initialized():
         return 0
     flat = torch.cat([t.flatten() for t in tensors])

@@ -152,7 +152,7 @@ class Job:
 def jobs_of(cfg, cost):
     """What to run at each seed: the rule between its references, or for --rules-table every rule at
     the budgets of uniform rank 1 and 2 (`cost`: rank 1 in every layer), and the controls again at
-    what `ratio` came to cost. """
+    what `ratio` came to cost."""
     unadapted = Job("unadapted", "unadapted")
     full = Job("full", "full")
     if not cfg.rules_table:
@@ -171,7 +171,7 @@ def jobs_of(cfg, cost):
 
 def probe_steps(cfg, rule, rank):
     """Steps at which a rule looks: `ratio` all along, budgeted rules in the first quarter (late
-    ranks learn less); from rank 0, with which nothing trains, at once. """
+    ranks learn less); from rank 0, with which nothing trains, at once."""
     if rule not in GROWTH:
         return []
     end = cfg.steps if rule == "ratio" else max(cfg.steps // 4, cfg.every + 1)

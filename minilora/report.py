@@ -2,7 +2,7 @@
 figures.
 
 A figure needs the `pictures` extra; without it, text or an array takes its place. Skip this file
-when you read for a method. """
+when you read for a method."""
 
 import io
 import textwrap
@@ -173,8 +173,7 @@ CONTROLS = {
 
 
 def mora_conclusion(report):
-    """Sentences computed from the first test row: what adapting gains, and whether knowing the
-    pattern does."""
+    """Sentences from the first test row: what adapting gains, and whether knowing the pattern does."""
     scores = {name: np.array(method["macro_f1"]) for name, method in report["methods"].items()}
     seeds = len(report["seeds"])
     lines = []
@@ -290,7 +289,7 @@ def selora_metrics(cfg, target, judges, results):
 
 def selora_table(report, timings):
     """Held-out denoising loss per method, x 1e5, mean ± standard deviation over seeds; the gap
-    closed between the unadapted base and full fine-tuning; and what the judge finds. """
+    closed between the unadapted base and full fine-tuning; and what the judge finds."""
     judge = report["judge"] or {"floor": [], "ceiling": {}}
     columns = [f"agreement_{k}" for k in judge["ceiling"]]
     if judge["floor"]:
@@ -351,8 +350,7 @@ def selora_conclusion(report):
 
 
 def budget_conclusion(report, budget):
-    """The lines on one budget of the rules table: what the validation half chooses, and differences
-    between rules."""
+    """The lines on one budget of the rules table: the validation half's choice, and differences."""
     methods = report["methods"]
     loss = {name: np.array(method["heldout_loss"]) * 1e5 for name, method in methods.items()}
     names = [name for name in methods if name.endswith(f" {budget}")]
@@ -417,7 +415,7 @@ def mean_ranks(report):
 
 def rank_figure(report, steps, path):
     """Rank per layer over the steps of the first rule at seed 0, and final ranks by sort of layer;
-    without matplotlib the latter as text. """
+    without matplotlib the latter as text."""
     means = mean_ranks(report)
     plt = pyplot()
     if plt is None:

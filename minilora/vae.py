@@ -32,7 +32,8 @@ class ResBlock(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder and decoder, 32x32x1 -> 8x8x4: 226,988 parameters; 58,204 at width 16, the demo.
+    """Encoder and decoder. By default 32x32x1 -> 8x8x4, 226,988 parameters; the demo's, of width 16,
+    has 58,204.
 
     factor: image size over latent size, a power of two. The first and the last halving are one
     convolution each (stride 2; four outputs per pixel, shuffled): blocks at full image size would
@@ -55,8 +56,7 @@ class VAE(nn.Module):
         up = []
         for fine, coarse in zip(widths, widths[1:]):
             down += [nn.Conv2d(fine, coarse, 3, stride=2, padding=1), ResBlock(coarse)]
-            grow = [nn.Upsample(scale_factor=2), nn.Conv2d(coarse, fine, 3, padding=1)]
-            up = [*grow, ResBlock(fine), *up]
+            up = [nn.Upsample(scale_factor=2), nn.Conv2d(coarse, fine, 3, padding=1), ResBlock(fine), *up]
         coarsest = widths[-1]
         self.encoder = nn.Sequential(
             *down, _norm(coarsest), nn.SiLU(), nn.Conv2d(coarsest, 2 * latent, 1))  # [B,2L,s,s]
