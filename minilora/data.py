@@ -99,25 +99,22 @@ def read_npz(path):
         is_npy = f.read(6) == b"\x93NUMPY"
     if not is_npy and not zipfile.is_zipfile(path):
         raise Refused(f"{path}: not an .npz archive")
+    size = path.stat().st_size
     try:
         with np.load(path, allow_pickle=False) as archive:  # a single array (.npy) fails here
-            size = path.stat().st_size
             content = sum(entry.file_size for entry in archive.zip.infolist())
             # Images shrink to a half, blank columns to a hundredth.
-            if content > 100 * size + 2**26:
-                raise Refused(
-                    f"{path}: {size:,} bytes would unpack to {content:,}; "
-                    "the limit is 100 times as many"
-                )
-            return {name: archive[name] for name in archive.files}
-    except Refused:
-        raise
+            if content <= 100 * size + 2**26:
+                return {name: archive[name] for name in archive.files}
     except Exception as error:
         # Zip, header and checksum errors come as many types, all of which mean the same here. After
         # "If you", numpy goes on to recommend unpickling the file.
         kind = type(error).__name__
         reason = str(error).split(". If you")[0]
         raise Refused(f"{path}: not a readable .npz archive ({kind}: {reason})") from None
+    raise Refused(
+        f"{path}: {size:,} bytes would unpack to {content:,}; the limit is 100 times as many"
+    )
 
 
 def origin(report):
@@ -131,19 +128,19 @@ def origin(report):
 
 def fingerprint(study):
     """Hex digest of what a study holds: equal studies have equal ones, whatever their files."""
-    arrays = {
-        "labels": study.labels,
-        "images": study.images,
-        "notes": study.notes,
-        **study.numeric,
-        **study.attributes,
-    }
-    return hashlib.sha256(npz_bytes(_without_none(arrays))).hexdigest()
+    arrays = _arrays(study, "labels", "images", "notes") | study.numeric | study.attributes
+    return hashlib.sha256(npz_bytes(arrays)).hexdigest()
 
 
-def _without_none(arrays):
-    """The arrays of a {name: array or None} that are not None."""
-    return {name: array for name, array in arrays.items() if array is not None}
+def _arrays(study, *names):
+    """{name: array} of the fields with these names that a study has."""
+    fields = {name: getattr(study, name) for name in names}
+    return {name: array for name, array in fields.items() if array is not None}
+
+
+def form(array):
+    """Type and shape of an array, in words: 'uint8 [40, 8, 8]'."""
+    return f"{array.dtype} {list(array.shape)}"
 
 
 def sha256(path):
@@ -242,13 +239,11 @@ class Study:
 
     def take(self, rows):
         """The study of the given rows (indices or a bool mask), in that order."""
-        fields = dict(self.__dict__)
-        for name in ("labels", "images", "notes", "patients", "fixed_split"):
-            if fields[name] is not None:
-                fields[name] = fields[name][rows]
+        arrays = _arrays(self, "labels", "images", "notes", "patients", "fixed_split")
+        fields = {name: array[rows] for name, array in arrays.items()}
         for name in ("numeric", "attributes"):
-            fields[name] = {key: array[rows] for key, array in fields[name].items()}
-        return Study(**fields)
+            fields[name] = {key: array[rows] for key, array in getattr(self, name).items()}
+        return replace(self, **fields)
 
 
 def load_study(path, synthetic_notes=False, classes=None, training=True):
@@ -261,35 +256,35 @@ def load_study(path, synthetic_notes=False, classes=None, training=True):
     training=False: labels may be missing."""
     arrays = read_npz(path)
     fixed_split = None
-    if "train_images" in arrays:
-        arrays, fixed_split = _join_medmnist(path, arrays)
-    if "labels" not in arrays and training:
-        raise Refused(f"{path}: key 'labels' is missing")
-    if "format" in arrays:
-        version = arrays["format"]
-        if version.size != 1 or str(version.item()) != "1":
-            raise Refused(f"{path}: format {version} is not known; this version reads format 1")
-    numeric = _numeric_modalities(path, arrays)
-    labels = _labels(path, arrays, numeric)
-    class_names = _class_names(path, arrays, labels, classes)
-    fit = str(arrays.get("fit", "squeeze"))
-    if fit not in FITS:
-        raise Refused(f"{path}: fit '{fit}' is not known; use {', '.join(FITS)}")
-    study = Study(
-        name=str(Path(path).stem),
-        labels=labels.astype(np.int64),
-        class_names=class_names,
-        images=arrays.get("images"),
-        notes=arrays.get("notes"),
-        numeric=numeric,
-        columns={name: [str(column) for column in arrays[f"{name}_names"]] for name in numeric},
-        patients=arrays.get("patients"),
-        fixed_split=fixed_split,
-        synthetic=bool(np.any(arrays.get("synthetic", 0))),
-        synthetic_notes=bool(np.any(arrays.get("synthetic_notes", 0))),
-        fit=fit,
-    )
     try:
+        if "train_images" in arrays:
+            arrays, fixed_split = _join_medmnist(arrays)
+        if "labels" not in arrays and training:
+            raise Refused("key 'labels' is missing")
+        if "format" in arrays:
+            version = arrays["format"]
+            if version.size != 1 or str(version.item()) != "1":
+                raise Refused(f"format {version} is not known; this version reads format 1")
+        numeric = _numeric_modalities(arrays)
+        labels = _labels(arrays, numeric)
+        class_names = _class_names(arrays, labels, classes)
+        fit = str(arrays.get("fit", "squeeze"))
+        if fit not in FITS:
+            raise Refused(f"fit '{fit}' is not known; use {', '.join(FITS)}")
+        study = Study(
+            name=Path(path).stem,
+            labels=labels.astype(np.int64),
+            class_names=class_names,
+            images=arrays.get("images"),
+            notes=arrays.get("notes"),
+            numeric=numeric,
+            columns={name: [str(column) for column in arrays[f"{name}_names"]] for name in numeric},
+            patients=arrays.get("patients"),
+            fixed_split=fixed_split,
+            synthetic=bool(np.any(arrays.get("synthetic", 0))),
+            synthetic_notes=bool(np.any(arrays.get("synthetic_notes", 0))),
+            fit=fit,
+        )
         checked(study, need_every_sample=not synthetic_notes, training=training)
     except Refused as error:
         raise Refused(f"{path}: {error}") from None
@@ -298,19 +293,19 @@ def load_study(path, synthetic_notes=False, classes=None, training=True):
     return attach_notes(study) if synthetic_notes else study
 
 
-def _join_medmnist(path, arrays):
+def _join_medmnist(arrays):
     """({'images', 'labels'}, fixed_split [N]) of the three parts of a MedMNIST file, in a row."""
     parts = ("train", "val", "test")
     for part in parts:
         for key in (f"{part}_images", f"{part}_labels"):
             if key not in arrays:
-                raise Refused(f"{path}: key '{key}' is missing")
+                raise Refused(f"key '{key}' is missing")
     for part in parts:
         images = arrays[f"{part}_images"]
         labels = arrays[f"{part}_labels"]
-        if 0 in (images.ndim, labels.ndim) or len(images) != len(labels) or not len(images):
+        if 0 in (images.ndim, labels.ndim) or not 0 < len(images) == len(labels):
             raise Refused(
-                f"{path}: {part}_images {list(images.shape)} and {part}_labels "
+                f"{part}_images {list(images.shape)} and {part}_labels "
                 f"{list(labels.shape)} need the same length, at least 1"
             )
     whole = {}
@@ -318,51 +313,48 @@ def _join_medmnist(path, arrays):
         pieces = [arrays[f"{part}_{key}"] for part in parts]
         if len({piece.shape[1:] for piece in pieces}) > 1:
             shapes = ", ".join(str(piece.shape) for piece in pieces)
-            raise Refused(f"{path}: the {key} of the parts differ in shape: {shapes}")
+            raise Refused(f"the {key} of the parts differ in shape: {shapes}")
         whole[key] = np.concatenate(pieces)
     sizes = [len(arrays[f"{part}_labels"]) for part in parts]
     return whole, np.repeat(np.arange(3), sizes)
 
 
-def _numeric_modalities(path, arrays):
+def _numeric_modalities(arrays):
     """{name: array} of the arrays that come with names of their columns. Every list of names in the
     file is checked."""
     numeric = {k: v for k, v in arrays.items() if f"{k}_names" in arrays and k != "class"}
     for name in numeric:
         if not name.isidentifier() or name in RESERVED:
             raise Refused(
-                f"{path}: '{name}' cannot be a modality's name; "
+                f"'{name}' cannot be a modality's name; "
                 f"use letters, digits, _, none of {RESERVED}"
             )
     for key in ("class_names", "patients", *(f"{name}_names" for name in numeric)):
         if key in arrays:
             names = arrays[key]
-            unique = key == "patients" or len({*names.ravel().tolist()}) == names.size
-            if names.ndim != 1 or not names.size or not unique:
-                rule = "" if key == "patients" else ", none twice"
-                raise Refused(f"{path}: '{key}' {list(names.shape)} must be a list{rule}")
+            rule = "" if key == "patients" else ", none twice"
+            repeats = len({*names.ravel().tolist()}) < names.size
+            if names.ndim != 1 or not names.size or (rule and repeats):
+                raise Refused(f"'{key}' {list(names.shape)} must be a list{rule}")
     return numeric
 
 
-def _labels(path, arrays, numeric):
+def _labels(arrays, numeric):
     """Integer labels [N] or [N,C] of a file; without any, -1 for each sample."""
     if "labels" in arrays:
         labels = arrays["labels"]
         if labels.ndim == 2 and labels.shape[1] == 1:  # as MedMNIST writes [N]
             labels = labels[:, 0]
     else:
-        keys = [key for key in ("images", "notes", *numeric) if key in arrays]
-        lengths = [len(arrays[key]) for key in keys if arrays[key].ndim]
+        modalities = [arrays[key] for key in ("images", "notes", *numeric) if key in arrays]
+        lengths = [len(array) for array in modalities if array.ndim]
         labels = np.full(lengths[0] if lengths else 0, -1)
     if labels.dtype.kind not in "iu" or labels.ndim not in (1, 2):
-        raise Refused(
-            f"{path}: labels are {labels.dtype} {list(labels.shape)}; "
-            "need integers [N] or 0/1 [N,C]"
-        )
+        raise Refused(f"labels are {form(labels)}; need integers [N] or 0/1 [N,C]")
     return labels
 
 
-def _class_names(path, arrays, labels, classes):
+def _class_names(arrays, labels, classes):
     """Names of the classes of labels [N], or of the findings of labels [N,C]: those of the file,
     else `classes`, else numbers."""
     if labels.ndim == 2:
@@ -371,7 +363,7 @@ def _class_names(path, arrays, labels, classes):
         count = int(labels.max(initial=0)) + 1
         if count > max(len(labels), 2):
             raise Refused(
-                f"{path}: labels reach {count - 1} with {len(labels)} samples; "
+                f"labels reach {count - 1} with {len(labels)} samples; "
                 "they must number the classes from 0"
             )
     if "class_names" in arrays:
@@ -379,9 +371,7 @@ def _class_names(path, arrays, labels, classes):
     else:
         names = classes or [f"class {i}" for i in range(count)]
     if classes is not None and names != classes:
-        raise Refused(
-            f"{path}: classes are {', '.join(names)}; the model has {', '.join(classes)}"
-        )
+        raise Refused(f"classes are {', '.join(names)}; the model has {', '.join(classes)}")
     return names
 
 
@@ -397,8 +387,7 @@ def save_study(path, study):
             arrays[flag] = np.int64(1)
     if study.fit != "squeeze":
         arrays["fit"] = np.array(study.fit)
-    optional = {"images": study.images, "notes": study.notes, "patients": study.patients}
-    arrays |= _without_none(optional)
+    arrays |= _arrays(study, "images", "notes", "patients")
     for name, values in study.numeric.items():
         arrays[name] = values
         arrays[f"{name}_names"] = np.array(study.columns[name])
@@ -429,18 +418,14 @@ def _check_arrays(study):
     if images is not None:
         is_picture = images.ndim >= 3 and images.shape[3:] in ((), (3,))
         if images.dtype != np.uint8 or not is_picture or 0 in images.shape:
-            raise Refused(
-                f"images are {images.dtype} {list(images.shape)}; "
-                "need uint8 [N,H,W] or [N,H,W,3]"
-            )
+            raise Refused(f"images are {form(images)}; need uint8 [N,H,W] or [N,H,W,3]")
     if notes is not None and (notes.dtype.kind != "U" or notes.ndim != 1):
-        raise Refused(f"notes are {notes.dtype} {list(notes.shape)}; need strings [N]")
+        raise Refused(f"notes are {form(notes)}; need strings [N]")
     for name, values in study.numeric.items():
         width = len(study.columns[name])
         if values.dtype.kind != "f" or values.ndim != 2 or values.shape[1] != width:
             raise Refused(
-                f"'{name}' is {values.dtype} {list(values.shape)}; "
-                f"need floats [N,{width}], one column per name"
+                f"'{name}' is {form(values)}; need floats [N,{width}], one column per name"
             )
         infinite = np.isinf(values).any(1)
         if infinite.any():
@@ -448,8 +433,7 @@ def _check_arrays(study):
                 f"'{name}' is infinite in row {infinite.argmax()}; use NaN for a missing value"
             )
         study.numeric[name] = values.astype(np.float32)
-    arrays = {"images": images, "notes": notes, "patients": study.patients, **study.numeric}
-    arrays = {"labels": study.labels, **_without_none(arrays)}
+    arrays = _arrays(study, "labels", "images", "notes", "patients") | study.numeric
     if len({len(array) for array in arrays.values()}) > 1:
         lengths = ", ".join(f"{name} {len(array)}" for name, array in arrays.items())
         raise Refused(f"lengths differ: {lengths}")
@@ -591,11 +575,12 @@ def _assign_groups(study, rows, seed):
     if study.multilabel:
         onehot = np.maximum(labels, 0)
     else:
-        onehot = np.eye(len(study.class_names), dtype=np.int64)[labels]
-    size = np.ones((len(rows), 1), np.int64)  # balanced as if it were one more class
+        onehot = np.eye(len(study.class_names))[labels]
+    # The size is balanced as if it were one more class.
+    weights = np.column_stack([onehot, np.ones(len(rows))])  # [rows, C + 1]
     group, member = np.unique(_groups(study)[rows], return_inverse=True)
-    counts = np.zeros((len(group), onehot.shape[1] + 1))  # [groups, C + 1]
-    np.add.at(counts, member, np.concatenate([onehot, size], 1))
+    counts = np.zeros((len(group), weights.shape[1]))  # [groups, C + 1]
+    np.add.at(counts, member, weights)
 
     # Large groups first, while there is room everywhere; equal ones in random order.
     order = np.random.default_rng((seed, 13)).permutation(len(group))
@@ -631,19 +616,18 @@ def _groups(study):
             i = parent[i]
         return i
 
-    keys = []
+    keys = []  # (index, what is shared): a patient is a str, an image bytes
     if study.patients is not None:
-        keys.append([str(patient) for patient in study.patients])
+        keys += enumerate(map(str, study.patients))
     if study.images is not None:
-        keys.append([image.tobytes() if image.any() else "" for image in study.images])
-    for column in keys:
-        first = {}
-        for i, key in enumerate(column):
-            # An unknown patient is nobody's sibling, and a missing image nobody's twin.
-            if key not in ("", "nan"):
-                a = root(first.setdefault(key, i))
-                b = root(i)
-                parent[max(a, b)] = min(a, b)
+        keys += enumerate(image.tobytes() if image.any() else "" for image in study.images)
+    first = {}
+    for i, key in keys:
+        # An unknown patient is nobody's sibling, and a missing image nobody's twin.
+        if key not in ("", "nan"):
+            a = root(first.setdefault(key, i))
+            b = root(i)
+            parent[max(a, b)] = min(a, b)
     return np.array([root(i) for i in range(len(study))])
 
 
@@ -722,10 +706,9 @@ def prepare_images(images, size, channels):
 
 def numeric_scale(values):
     """(mean, scale) [F] over the rows of [N,F], NaN left out; without spread, the scale is 1."""
-    present = ~np.isnan(values)
-    count = np.maximum(present.sum(0), 1)
-    mean = np.where(present, values, 0).sum(0, dtype=np.float64) / count
-    spread = np.sqrt((np.where(present, values - mean, 0) ** 2).sum(0) / count)
+    count = np.maximum((~np.isnan(values)).sum(0), 1)
+    mean = np.nansum(values, 0, dtype=np.float64) / count
+    spread = np.sqrt(np.nansum((values - mean) ** 2, 0) / count)
     scale = np.where(spread > 1e-6, spread, 1)
     return mean.astype(np.float32), scale.astype(np.float32)
 

@@ -117,14 +117,14 @@ def entries(manifest):
             "modalities": are_modalities,
             "graphs": lambda value: is_table(value, is_file) and "mask" in value,
             "seed": range(2**31 + 1),
-            "data": lambda value: isinstance(value, (str, dict)),
+            "data": is_origin,
         }
     return common | {
         "latent": range(1, 2**10 + 1),
         "latent_size": range(1, 2**12 + 1),
         "timesteps": range(1, 2**20 + 1),
         "graphs": lambda value: is_table(value, is_file) and "sampler" in value,
-        "data": lambda value: isinstance(value, (str, dict)),
+        "data": is_origin,
         "adapters": partial(is_table, test=is_adapter),
     }
 
@@ -152,6 +152,11 @@ def are_files(value):
     if not isinstance(value, dict) or "golden.npz" not in value:
         return False
     return all(is_file(name) and isinstance(sha256, str) for name, sha256 in value.items())
+
+
+def is_origin(value):
+    """Whether a value can say which study a model was trained on."""
+    return isinstance(value, (str, dict))
 
 
 def is_adapter(value):
@@ -190,7 +195,6 @@ def providers(device):
     if device == "auto":
         try:
             ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-            device = "cuda"
         except OSError:
             device = "cpu"
     if device == "cpu":
@@ -272,20 +276,21 @@ class Diagnoser:
         buckets = self.manifest["buckets"]
         feed = {}
         for spec in session.get_inputs():
-            if spec.name not in inputs:
-                raise Refused(f"graph '{graph}' needs input '{spec.name}'")
-            value = inputs[spec.name]
+            name = spec.name
+            if name not in inputs:
+                raise Refused(f"graph '{graph}' needs input '{name}'")
+            value = inputs[name]
             if list(value.shape[1:]) != spec.shape[1:]:
                 raise Refused(
-                    f"'{spec.name}' has shape {list(value.shape)}; "
+                    f"'{name}' has shape {list(value.shape)}; "
                     f"graph '{graph}' takes {['batch', *spec.shape[1:]]}"
                 )
-            if spec.name == "note" and value.size:
+            if name == "note" and value.size:
                 lowest = value.min()
                 highest = value.max()
                 if not 0 <= lowest <= highest < buckets:
                     raise Refused(f"word ids are {lowest}..{highest}; must be in [0,{buckets})")
-            feed[spec.name] = value
+            feed[name] = value
         return session.run(["logits", "probabilities"], feed)
 
     def predict(self, images=None, notes=None, **numeric):
@@ -348,7 +353,7 @@ class Diagnoser:
         empty = ~present.any(1)
         if empty.any():
             choices = ", no ".join(self.modalities)
-            raise Refused(f"sample {int(empty.argmax())} has nothing: no {choices}")
+            raise Refused(f"sample {empty.argmax()} has nothing: no {choices}")
         return inputs, present
 
     def encoder(self, name):
@@ -371,7 +376,7 @@ class Diagnoser:
             raise Refused(f"{where} is no array; need uint8 [H,W] or [H,W,3]") from None
         shaped = value.ndim == 2 or (value.ndim == 3 and value.shape[2] == 3)
         if value.dtype != np.uint8 or not shaped or 0 in value.shape:
-            form = f"{value.dtype} {list(value.shape)}"
+            form = data.form(value)
             if value.dtype.kind == "f" and np.isnan(value).any():
                 form += ", with NaN"
             raise Refused(f"{where} is {form}; need uint8 [H,W] or [H,W,3]")
@@ -402,7 +407,7 @@ class Diagnoser:
             value = [value.get(column) for column in columns]
         try:
             with np.errstate(over="ignore"):  # inf is refused below
-                value = np.array([np.nan if v is None else v for v in value], np.float32)
+                value = np.array(list(value), np.float32)  # None becomes NaN
         except (TypeError, ValueError):
             raise Refused(f"{where} is not a row of numbers") from None
         if value.shape != (len(columns),) or np.isinf(value).any():
@@ -449,9 +454,10 @@ class Synthesizer:
             choices = ", ".join(self.adapters) or "none"
             raise Refused(f"adapter '{adapter}' is not in {self.folder}; it has {choices}")
         if adapter not in self.loaded:
-            self.loaded[adapter] = onnxruntime.LoraAdapter()
             path = unchanged(self, self.manifest["adapters"][adapter]["file"])
-            self.loaded[adapter].Load(str(path))
+            weights = onnxruntime.LoraAdapter()
+            weights.Load(str(path))
+            self.loaded[adapter] = weights  # only now: an empty one would draw with the base alone
         # Options of its own for each run: nothing of another adapter is left in them.
         options = onnxruntime.RunOptions()
         options.add_active_adapter(self.loaded[adapter])
@@ -492,10 +498,9 @@ class Synthesizer:
         shape = (m["latent"], m["latent_size"], m["latent_size"])
         images = []
         for rows in np.split(np.arange(len(notes)), range(64, len(notes), 64)):
-            noise = []
-            for b in rows:
-                rng = np.random.default_rng((seed, b))
-                noise.append(rng.standard_normal(shape, np.float32))
+            noise = [
+                np.random.default_rng((seed, b)).standard_normal(shape, np.float32) for b in rows
+            ]
             images.append(self.run(np.stack(noise), ids[rows], guidance, timesteps, adapter))
         images = np.rint((np.concatenate(images) + 1) * 127.5).astype(np.uint8)  # [B,ch,S,S]
         return images[:, 0] if images.shape[1] == 1 else np.moveaxis(images, 1, 3)
@@ -552,8 +557,8 @@ def check(folder, device="auto"):
         served = Synthesizer(folder, device)
         graphs = golden_selora
     golden = data.read_npz(Path(folder) / "golden.npz")
-    count = len(manifest["files"])
-    print(f"{count} files are what the manifest says; provider {served.provider}")
+    names = manifest["files"]
+    print(f"{len(names)} files are what the manifest says; provider {served.provider}")
     worst = 0.0
     for name, run, wanted in graphs(served, golden, device):
         n = len(wanted[0])

@@ -44,19 +44,17 @@ def command_line(argv):
         "numpy and onnxruntime, never torch.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    parsers = {}
     for name, what in COMMANDS.items():
         p = commands.add_parser(name, help=what, allow_abbrev=False)
-        parsers[name] = p
         p.add_argument("folder", type=Path, help="what export.py wrote, for example runs/mora/onnx")
         p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    add_sample(parsers["sample"])
-    add_predict(parsers["predict"])
+    add_sample(commands.choices["sample"])
+    add_predict(commands.choices["predict"])
     columns = {}
     # The folder is read before the arguments are parsed: its columns are flags among them.
     folder = exported_folder(argv)
     if argv[:1] == ["predict"] and folder:
-        columns = add_columns(parsers["predict"], folder)
+        columns = add_columns(commands.choices["predict"], folder)
     return parser.parse_args(argv), columns
 
 
@@ -197,8 +195,7 @@ def predict_file(diagnoser, args):
     study = data.load_study(args.data, args.synthetic_notes, diagnoser.classes, training=False)
     names = shared_modalities(study, diagnoser, args.data)
     if study.labelled.any() and study.multilabel != manifest["multilabel"]:
-        shape = list(study.labels.shape)
-        raise Refused(f"{args.data}: labels {shape} are not of the model's kind")
+        raise Refused(f"{args.data}: labels {list(study.labels.shape)} are not of the model's kind")
     if not args.split:
         if manifest["data"] == {"name": args.data.name, "sha256": data.sha256(args.data)}:
             print(
@@ -215,9 +212,11 @@ def predict_file(diagnoser, args):
     probabilities = diagnoser.predict(
         request.get("image"), request.get("note"), **numeric_part(request)
     )
-    gaps = np.zeros(len(rows), bool)
+    patterns = [data.pattern_name(row, names) for row in present]
     if args.synthesizer:
         gaps = fill_file(diagnoser, args, study, rows, request, probabilities)
+        for i in np.flatnonzero(gaps):
+            patterns[i] += "+drawn image"
 
     labelled = study.labelled[rows]
     about = ""
@@ -228,11 +227,7 @@ def predict_file(diagnoser, args):
     results = ""
     if labelled.any():
         results = ", ".join(scores(study.labels[rows][labelled], probabilities[labelled]))
-    count = int(labelled.sum())
-    print(f"{args.data}{about}: {len(rows)} samples, {count} labelled; {results}")
-    patterns = [data.pattern_name(row, names) for row in present]
-    for i in np.flatnonzero(gaps):
-        patterns[i] += "+drawn image"
+    print(f"{args.data}{about}: {len(rows)} samples, {labelled.sum()} labelled; {results}")
     counts = zip(*np.unique(patterns, return_counts=True))
     print("present: " + ", ".join(f"{pattern} {count}" for pattern, count in counts))
     if args.out:
@@ -245,11 +240,13 @@ def shared_modalities(study, diagnoser, path):
     columns of one differ."""
     names = [name for name in study.modalities if name in diagnoser.modalities]
     for name, columns in study.columns.items():
-        if name in diagnoser.numeric and columns != diagnoser.numeric[name]["columns"]:
-            raise Refused(
-                f"{path}: columns of '{name}' are {', '.join(columns)}; "
-                f"the model has {', '.join(diagnoser.numeric[name]['columns'])}"
-            )
+        if name in diagnoser.numeric:
+            wanted = diagnoser.numeric[name]["columns"]
+            if columns != wanted:
+                raise Refused(
+                    f"{path}: columns of '{name}' are {', '.join(columns)}; "
+                    f"the model has {', '.join(wanted)}"
+                )
     if not names:
         raise Refused(
             f"{path}: has {', '.join(study.modalities)}; "
@@ -334,7 +331,7 @@ def fill_file(diagnoser, args, study, rows, request, probabilities):
             "true image": diagnoser.predict(images, notes, **numeric),
         }
         print(
-            f"{int(withheld.sum())} labelled samples whose image was withheld, by words alone, "
+            f"{withheld.sum()} labelled samples whose image was withheld, by words alone, "
             f"by drawn images ({args.steps} steps, guidance {args.guidance:g}), "
             "and by the true image:"
         )
@@ -371,13 +368,15 @@ def write_table(path, diagnoser, study, rows, patterns, probabilities):
         # An unlabelled row has no true class.
         true = label == 1 if study.multilabel else np.arange(len(classes)) == label
         predicted = p >= 0.5 if diagnoser.manifest["multilabel"] else p == p.max()
-        cells = [
-            row,
-            pattern,
-            "|".join(compress(classes, true)),
-            "|".join(compress(classes, predicted)),
-        ]
-        table.writerow(cells + [f"{value:.6f}" for value in p])
+        table.writerow(
+            [
+                row,
+                pattern,
+                "|".join(compress(classes, true)),
+                "|".join(compress(classes, predicted)),
+                *[f"{value:.6f}" for value in p],
+            ]
+        )
     data.write_atomic(path, text.getvalue())
 
 
@@ -411,7 +410,7 @@ def sample_sheet(args):
             print(f"cut to its first {m['positions'] - 1} of {count} words: {note[:60]}...")
     notes = [note for note in args.note for _ in range(args.n)]
     images = synthesizer.sample(notes, args.steps, args.guidance, args.seed, args.adapter)
-    images = images.reshape(len(args.note), args.n, *images.shape[1:])  # [notes,n,S,S]
+    images = images.reshape(-1, args.n, *images.shape[1:])  # [notes,n,S,S]
     content = io.BytesIO()
     if args.out.suffix == ".npy":
         np.save(content, images)
@@ -420,7 +419,7 @@ def sample_sheet(args):
     data.write_atomic(args.out, content.getvalue())
     origin = data.origin(m)
     about = "" if origin == "real data" else f"; trained on {origin}"
-    print(f"{args.out}: {len(notes)} images drawn, of no patient{about}")
+    print(f"{args.out}: {total} images drawn, of no patient{about}")
 
 
 def write_png(file, images, name):
@@ -432,7 +431,7 @@ def write_png(file, images, name):
             f"{name}: writing pictures needs Pillow: pip install 'minilora[pictures]' "
             "(or give an .npy name)"
         ) from None
-    sheet = np.concatenate([np.concatenate(list(row), 1) for row in images])  # [notes S, n S]
+    sheet = np.vstack([np.hstack(row) for row in images])  # [notes S, n S]
     zoom = max(1, 128 // images.shape[2])
     Image.fromarray(sheet.repeat(zoom, 0).repeat(zoom, 1)).save(file, "PNG")
 

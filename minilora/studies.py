@@ -86,16 +86,15 @@ def read_picture(path, rgb=False):
             if not isinstance(array, np.ndarray):
                 raise ValueError("an archive, not an array")
             return array
-        if kind == "DICOM file":
-            return _dicom(path, rgb)
-        return _pillow(path, rgb)
+        picture = _dicom(path) if kind == "DICOM file" else _pillow(path, rgb)
+        return _channels(picture, rgb)
     except ImportError as error:
         library = (error.name or "").split(".")[0]
         extra = {"PIL": "pictures", "pydicom": "dicom"}.get(library)
         if extra is None:
             raise Refused(f"{path}: not readable ({error})") from None
-        message = f"{path}: reading it needs {library}: pip install 'minilora[{extra}]'"
-        raise Refused(message) from None
+        raise Refused(f"{path}: reading it needs {library}: "
+                      f"pip install 'minilora[{extra}]'") from None
     except Refused:
         raise
     except Exception as error:  # the libraries raise many types for a file that is no picture
@@ -113,14 +112,14 @@ def _pillow(path, rgb):
             raise Refused(f"{path}: has {picture.n_frames} frames; need one")
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith(("I", "F")):
-            return _repeat_channels(_stretch(np.asarray(picture)), rgb)
+            return _stretch(np.asarray(picture))
         if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture)
         return np.asarray(picture.convert("RGB" if rgb else "L"))
 
 
-def _dicom(path, rgb):
+def _dicom(path):
     import pydicom
     from pydicom.pixels import apply_color_lut
 
@@ -138,19 +137,16 @@ def _dicom(path, rgb):
         if file.PhotometricInterpretation == "PALETTE COLOR":
             stored = apply_color_lut(stored, file)
         if stored.ndim == 2:
-            return _repeat_channels(_dicom_greys(file, stored), rgb)
-        if stored.dtype != np.uint8:  # colours come as RGB [H,W,3]
-            stored = _stretch(stored)
-        return stored if rgb else grey(stored)
+            return _dicom_greys(file, stored)
+        # Colours come as RGB [H,W,3].
+        return stored if stored.dtype == np.uint8 else _stretch(stored)
 
 
 def _dicom_greys(file, stored):
     """uint8 [H,W] of a DICOM file's stored [H,W], by its rescale and window; padding is black."""
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
-    padding = np.zeros(stored.shape, bool)
-    if "PixelPaddingValue" in file:
-        padding = stored == file.PixelPaddingValue
+    padding = stored == file.get("PixelPaddingValue")  # nowhere if the file names no such value
     values = apply_modality_lut(stored, file)
     window = (file.get("WindowWidth"), file.get("WindowCenter"))
     if None not in window or "VOILUTSequence" in file:
@@ -171,9 +167,7 @@ def _dicom_greys(file, stored):
 def _stretch(values, lowest=None, highest=None):
     """uint8 of numbers, from 0 at the lowest (default: of these) to 255 at the highest; not numbers
     become 0."""
-    finite = values
-    if values.dtype.kind == "f":
-        finite = values[np.isfinite(values)]
+    finite = values[np.isfinite(values)]
     if not finite.size:
         return np.zeros(values.shape, np.uint8)
     lowest = float(finite.min() if lowest is None else lowest)
@@ -183,9 +177,11 @@ def _stretch(values, lowest=None, highest=None):
     return np.rint(np.clip(pixels, 0, 255)).astype(np.uint8)
 
 
-def _repeat_channels(picture, rgb):
-    """The picture, [H,W] or [H,W,3]; with rgb, grey is repeated to [H,W,3]."""
-    if rgb and picture.ndim == 2:
+def _channels(picture, rgb):
+    """[H,W] of a picture [H,W] or [H,W,3]; with rgb [H,W,3], to which grey is repeated."""
+    if not rgb:
+        return grey(picture)
+    if picture.ndim == 2:
         return np.repeat(picture[..., None], 3, 2)
     return picture
 
@@ -215,7 +211,7 @@ def read_square(path, size, fit, rgb):
     if picture.dtype != np.uint8 or picture.shape[2:] not in ((), (3,)) or not picture.size:
         raise Refused(f"{path}: is {picture.dtype} {list(picture.shape)}; "
                       "need uint8 [H,W] or [H,W,3]")
-    picture = _repeat_channels(picture, rgb) if rgb else grey(picture)
+    picture = _channels(picture, rgb)
     if picture.min() == picture.max():
         raise Refused(f"{path}: one grey level throughout")
     squares = data.square(picture[None], fit)  # [1,..]
@@ -223,28 +219,27 @@ def read_square(path, size, fit, rgb):
 
 
 def read_pictures(paths, size, fit, rgb):
-    """({path: uint8 [size,size] or [size,size,3]}, {path: its stored (height, width)}, {path: why
-    it is not readable}) of distinct files, on all cores."""
+    """({path: uint8 [size,size] or [size,size,3]}, {path: its stored (height, width)}, [why a file
+    is not readable]) of distinct files, on all cores."""
     images = {}
     shapes = {}
-    faults = {}
+    faults = []
     last_line = time.monotonic()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            futures = [pool.submit(read_square, path, size, fit, rgb) for path in paths]
-            for done, (path, future) in enumerate(zip(paths, futures), 1):
-                try:
-                    images[path], shapes[path] = future.result()
-                except Refused as error:
-                    if "pip install" in str(error):  # a library is missing, not a picture
-                        raise
-                    faults[path] = str(error)
-                if time.monotonic() - last_line > 5:
-                    last_line = time.monotonic()
-                    print(f"{done} of {len(paths)} pictures read", flush=True)
-        except BaseException:  # Ctrl-C must not wait for what is queued
-            pool.shutdown(cancel_futures=True)
-            raise
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        futures = {path: pool.submit(read_square, path, size, fit, rgb) for path in paths}
+        for path, future in futures.items():
+            try:
+                images[path], shapes[path] = future.result()
+            except Refused as error:
+                if "pip install" in str(error):  # a library is missing, not a picture
+                    raise
+                faults.append(str(error))
+            if time.monotonic() - last_line > 5:
+                last_line = time.monotonic()
+                print(f"{len(images) + len(faults)} of {len(paths)} pictures read", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for what is queued
     return images, shapes, faults
 
 
@@ -255,7 +250,6 @@ def read_table(path, encoding=""):
     """[{column: cell, stripped}] of a spreadsheet, and a line that says how it was read; each row
     keeps its line number under ''. `Refused` if it has no rows, a column twice, or a line longer
     than its header."""
-    path = Path(path)
     if not path.is_file():
         raise Refused(f"{path}: no such file")
     text, encoding = _decode(path, encoding)
@@ -277,17 +271,15 @@ def read_table(path, encoding=""):
         raise Refused(f"{path}: has no rows; the first line names the columns, each further line "
                       "is a study")
     _, header = lines.pop(0)
-    for column, count in Counter(header).items():
-        if count > 1 and column:
+    for column in header:
+        if column and header.count(column) > 1:
             raise Refused(f"{path}: column '{column}' stands there twice")
     rows = []
     for line, cells in lines:
         if len(cells) > len(header):
             raise Refused(f"{path}: line {line} has {len(cells)} cells; "
                           f"the header has {len(header)}")
-        row = dict(zip_longest(header, cells, fillvalue=""))
-        row[""] = line
-        rows.append(row)
+        rows.append(dict(zip_longest(header, cells, fillvalue="")) | {"": line})
     return rows, f"{path}: {len(rows)} rows, {encoding}{DELIMITERS[delimiter]}"
 
 
@@ -307,35 +299,29 @@ def _decode(path, encoding):
     except LookupError:
         raise Refused(f"{path}: encoding '{encoding}' is not known; try utf-8, windows-1252 or "
                       "shift-jis") from None
-    text = text.removeprefix("\ufeff")  # a byte order mark, where the encoding was given
-    return text, codec.removesuffix("-sig")
+    # An encoding that was asked for may leave the byte order mark in the text.
+    return text.removeprefix("\ufeff"), codec.removesuffix("-sig")
 
 
-def from_rows(rows, folder, columns, size=64, fit="squeeze", rgb=False, mask_words=(),
-              name="study"):
+def from_rows(rows, folder, columns, size, fit, rgb, mask_words, name):
     """(Study, report lines) of spreadsheet rows.
 
-    columns: {'image'|'note'|'patient': column or None, 'labels': names, 'numeric': {modality:
-    column names}}. Cells that say nothing and pictures that are not there or not readable are
-    missing; duplicate rows, and rows with nothing at all, are left out. `Refused` if no picture is
-    readable or a label is not one."""
+    columns: {'image'|'note'|'patient': column or '', 'labels': names, 'numeric': {modality: column
+    names}}. Cells that say nothing and pictures that are not there or not readable are missing;
+    rows with nothing at all are left out. `Refused` if no picture is readable or a label is not
+    one."""
     report = []
-    distinct = _distinct_rows(rows, columns)
-    if len(distinct) < len(rows):
-        report.append(f"left out   {len(rows) - len(distinct)} rows that repeat an earlier one")
-    rows = distinct
     images = notes = patients = None
     if columns["image"]:
         cells = [_cell(row, columns["image"]) for row in rows]
         images, lines = _read_images(cells, folder, size, fit, rgb)
         report += lines
     if columns["note"]:
-        originals = [_cell(row, columns["note"]) for row in rows]
-        notes = [mask(note, mask_words) for note in originals]
+        notes = np.array([_cell(row, columns["note"]) for row in rows])
         if mask_words:
-            hidden = sum(a != b for a, b in zip(originals, notes))
-            report.append(f"masked     words in {hidden} notes")
-        notes = np.array(notes, np.str_)
+            masked = np.array([mask(note, mask_words) for note in notes])
+            report.append(f"masked     words in {(masked != notes).sum()} notes")
+            notes = masked
     numeric = {}
     for modality, names in columns["numeric"].items():
         numeric[modality], wrong = _read_numbers(rows, names)
@@ -359,8 +345,8 @@ def from_rows(rows, folder, columns, size=64, fit="squeeze", rgb=False, mask_wor
     if not study.modalities:
         raise Refused("no modality: name a column of pictures, notes or numbers")
     has_content = study.have().any(1)  # [N]
-    if not has_content.all():
-        lines = [str(row[""]) for row, content in zip(rows, has_content) if not content]
+    lines = [str(row[""]) for row, content in zip(rows, has_content) if not content]
+    if lines:
         report.append(f"left out   {len(lines)} rows without a picture, words or numbers, "
                       f"in lines{_some(lines)}")
     if not has_content.any():
@@ -368,21 +354,9 @@ def from_rows(rows, folder, columns, size=64, fit="squeeze", rgb=False, mask_wor
     return data.checked(study.take(has_content), training=False), report
 
 
-def _distinct_rows(rows, columns):
-    """The rows that do not repeat an earlier one in the columns that are used."""
-    names = [columns[kind] for kind in ("image", "note", "patient") if columns[kind]]
-    names += columns["labels"]
-    for group in columns["numeric"].values():
-        names += group
-    first = {}  # {cells: row}
-    for row in rows:
-        first.setdefault(tuple(row.get(name, "") for name in names), row)
-    return [*first.values()]
-
-
 def _cell(row, column):
     """The row's cell of a column, '' if it says nothing."""
-    cell = row.get(column, "")
+    cell = row[column]
     return "" if cell.lower() in MISSING else cell
 
 
@@ -391,38 +365,33 @@ def _read_images(cells, folder, size, fit, rgb):
     pictures that N cells name. `Refused` if none of them is readable."""
     files = {cell: find_picture(folder, cell) for cell in dict.fromkeys(cells) if cell}
     absent = [cell for cell, path in files.items() if not path]
-    paths = [*dict.fromkeys(path for path in files.values() if path)]
+    paths = [*dict.fromkeys(filter(None, files.values()))]
     pictures, shapes, faults = read_pictures(paths, size, fit, rgb)
     if files and not pictures:
-        reason = faults[paths[0]] if paths else f"{folder / absent[0]}: no such file"
+        reason = faults[0] if faults else f"{folder / absent[0]}: no such file"
         raise Refused(f"none of {len(files)} pictures is readable; the first: {reason}")
-    shape = (size, size, 3) if rgb else (size, size)
-    images = np.zeros((len(cells), *shape), np.uint8)
-    for i, cell in enumerate(cells):
-        path = files.get(cell)
-        if path in pictures:
-            images[i] = pictures[path]
+    black = np.zeros((size, size, 3) if rgb else (size, size), np.uint8)
+    images = np.array([pictures.get(files.get(cell), black) for cell in cells])
     by_area = sorted(shapes.values(), key=math.prod)
     span = [f"{wide}x{high}" for high, wide in by_area[:1] + by_area[-1:]]
     line = (f"pictures   {len(pictures)} read, {' to '.join(span)} pixels; "
             f"missing: {cells.count('')} cells empty, "
             f"{len(absent)} files not there{_some(absent)}, {len(faults)} not readable")
-    return images, [line, *(f"           {fault}" for fault in [*faults.values()][:5])]
+    return images, [line, *(f"           {fault}" for fault in faults[:5])]
 
 
 def _read_numbers(rows, names):
     """(float32 [N,F] of F columns, NaN = missing; the cells that are not numbers, in words)."""
-    numbers = np.full((len(rows), len(names)), np.nan, np.float32)
+    numbers = []
     wrong = []
-    for i, row in enumerate(rows):
-        for j, name in enumerate(names):
+    for row in rows:
+        for name in names:
             cell = _cell(row, name)
             number = _number(cell)
-            if number is not None:
-                numbers[i, j] = number
-            elif cell:
+            numbers.append(number)
+            if cell and number is None:
                 wrong.append(f"{name} '{cell}' in line {row['']}")
-    return numbers, wrong
+    return np.array(numbers, np.float32).reshape(-1, len(names)), wrong  # None becomes NaN
 
 
 def _number(cell):
@@ -457,7 +426,7 @@ def read_labels(rows, names):
     cells = [_cell(row, names[0]) for row in rows]
     numbers = {cell: _number(cell) for cell in cells if cell}
     order = None  # of letters
-    if numbers and None not in numbers.values():  # 0, 1, 2 or 0.0, 1.0, as pandas writes them
+    if None not in numbers.values():  # 0, 1, 2 or 0.0, 1.0, as pandas writes them
         order = int
         for row, cell in zip(rows, cells):
             if cell and numbers[cell] % 1:
@@ -477,51 +446,60 @@ def read_labels(rows, names):
 
 def _read_findings(rows, names):
     """int64 [N,C] of C label columns: 0, 1 or -1 for an empty cell."""
-    labels = np.zeros((len(rows), len(names)), np.int64)
-    for i, row in enumerate(rows):
-        for j, name in enumerate(names):
+    labels = []
+    for row in rows:
+        for name in names:
             cell = _cell(row, name)
             if cell not in FINDINGS:
                 raise Refused(f"label column '{name}' is '{cell}' in line {row['']}; "
                               "a finding is 0, 1 or empty")
-            labels[i, j] = FINDINGS[cell]
-    return labels
+            labels.append(FINDINGS[cell])
+    return np.array(labels, np.int64).reshape(-1, len(names))
 
 
 def mask(note, words):
-    """The note with [MASK] in place of each of the words, in any case, with whatever is written on
-    to it."""
-    patterns = [re.escape(word) for word in words if word]
-    if not patterns:
-        return note
-    return re.sub(rf"(?<!\w)(?:{'|'.join(patterns)})[\w-]*", "[MASK]", note, flags=re.I)
+    """The note with [MASK] in place of each of the words (at least one), in any case, with whatever
+    is written on to it."""
+    pattern = "|".join(map(re.escape, words))
+    return re.sub(rf"(?<!\w)(?:{pattern})[\w-]*", "[MASK]", note, flags=re.I)
 
 
 def from_csv(args):
-    """The (study, report lines) of `from-csv`; `Refused` if a named column is not there."""
+    """The (study, report lines) of `from-csv`; rows that repeat an earlier one are left out.
+    `Refused` if a named column is not there."""
     rows, headline = read_table(args.csv, args.encoding)
     header = [column for column in rows[0] if column]
-    numeric = _numeric_columns(args.numeric)
-    labels = _comma_list(args.label_column)
-    columns = {"labels": labels, "numeric": numeric}
-    flags = {}  # {flag: columns}
+    columns = {
+        "labels": _comma_list(args.label_column),
+        "numeric": _numeric_columns(args.numeric),
+    }
+    named = []  # (column, the flag that names it)
     for kind in ("image", "note", "patient"):
         column = getattr(args, f"{kind}_column")
         if column == getattr(FromCsv, f"{kind}_column") and column not in header:
             headline += f"; no column '{column}' (--{kind}-column)"
-            column = None  # a default that is not there: no such modality
+            column = ""  # a default that is not there: no such modality
         columns[kind] = column
-        flags[f"--{kind}-column"] = [column]
-    flags["--label-column"] = labels
-    flags["--numeric"] = [column for group in numeric.values() for column in group]
-    for flag, group in flags.items():
-        for column in group:
-            if column and column not in header:
-                raise Refused(f"{args.csv}: has no column '{column}' ({flag}); "
-                              f"it has {', '.join(header)[:200]}")
-    study, report = from_rows(rows, args.images or args.csv.parent, columns, args.size, args.fit,
-                              args.rgb, _comma_list(args.mask_words), args.csv.stem)
-    return study, [headline, *report]
+        if column:
+            named.append((column, f"--{kind}-column"))
+    named += [(column, "--label-column") for column in columns["labels"]]
+    for group in columns["numeric"].values():
+        named += [(column, "--numeric") for column in group]
+    for column, flag in named:
+        if column not in header:
+            raise Refused(f"{args.csv}: has no column '{column}' ({flag}); "
+                          f"it has {', '.join(header)[:200]}")
+    report = [headline]
+    distinct = {}  # {cells that are used: the first row of them}
+    for row in rows:
+        distinct.setdefault(tuple(row[column] for column, _ in named), row)
+    repeats = len(rows) - len(distinct)
+    if repeats:
+        report.append(f"left out   {repeats} rows that repeat an earlier one")
+    study, lines = from_rows([*distinct.values()], args.images or args.csv.parent, columns,
+                             args.size, args.fit, args.rgb, _comma_list(args.mask_words),
+                             args.csv.stem)
+    return study, report + lines
 
 
 def _numeric_columns(options):
@@ -548,19 +526,21 @@ def _comma_list(text):
 
 
 def leaks(study):
-    """{class name: (notes that contain it, of which its own class's)} of the names that stand in
-    any note."""
-    counts = {}
+    """For each class name that stands in a note, in words: in how many notes, and how many of these
+    are of its own class."""
     if study.notes is None:
-        return counts
+        return []
+    mentions = {}  # {class name: words}
     for i, name in enumerate(study.class_names):
         if not re.search(r"[^\W\d]", name) or re.fullmatch(r"class \d+", name):
             continue  # no word that a note could say
         pattern = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.I)
-        mentions = np.array([bool(pattern.search(str(note))) for note in study.notes])  # [N]
-        if mentions.any():
-            counts[name] = (int(mentions.sum()), int((mentions & _members(study, i)).sum()))
-    return counts
+        mentioned = np.array([bool(pattern.search(note)) for note in study.notes])  # [N]
+        if mentioned.any():
+            own = mentioned & _members(study, i)
+            mentions[name] = (f"'{name[:40]}' in {mentioned.sum()} notes "
+                              f"({own.sum()} of that class)")
+    return [*mentions.values()]
 
 
 def _members(study, i):
@@ -591,9 +571,7 @@ def describe(study):
     if study.patients is not None:
         lines.append(_describe_patients(study.patients))
     lines.append(_describe_labels(study))
-    mentions = []
-    for name, (count, own) in leaks(study).items():
-        mentions.append(f"'{name[:40]}' in {count} notes ({own} of that class)")
+    mentions = leaks(study)
     if mentions:
         lines.append(f"leakage    {', '.join(mentions)}: a model can read the answer there; "
                      "from-csv --mask-words hides words")
@@ -605,37 +583,32 @@ def describe(study):
     return lines
 
 
+def _if_any(text, count):
+    """The text with the count in it; '' if the count is 0."""
+    return text.format(count) if count else ""
+
+
 def _describe_images(images):
     shape = "x".join(map(str, images.shape[1:]))
     present = images[~data.blank(images)]
     repeats = len(present) - len({image.tobytes() for image in present})
-    missing = len(images) - len(present)
     level = present.mean() if present.size else 0
-    line = f"images     {len(present)} of {shape}, mean grey level {level:.0f}"
-    if repeats:
-        line += f", {repeats} repeat another"
-    if missing:
-        line += f"; {missing} missing"
-    return line
+    return (f"images     {len(present)} of {shape}, mean grey level {level:.0f}"
+            + _if_any(", {} repeat another", repeats)
+            + _if_any("; {} missing", len(images) - len(present)))
 
 
 def _describe_notes(notes):
-    lengths = [len(words_of(note)) for note in notes if str(note).strip()]
+    lengths = [len(words_of(note)) for note in notes if note.strip()]
     middle = int(np.median(lengths or [0]))
-    missing = len(notes) - len(lengths)
-    line = f"notes      {len(lengths)}, of {middle} words (longest {max(lengths, default=0)})"
-    if missing:
-        line += f"; {missing} missing"
-    return line
+    return (f"notes      {len(lengths)}, of {middle} words (longest {max(lengths, default=0)})"
+            + _if_any("; {} missing", len(notes) - len(lengths)))
 
 
 def _describe_patients(patients):
     names = [name for name in map(str, patients) if name not in ("", "nan")]
-    nameless = len(patients) - len(names)
-    line = f"patients   {len(set(names))}"
-    if nameless:
-        line += f"; {nameless} samples name none"
-    return line
+    return (f"patients   {len(set(names))}"
+            + _if_any("; {} samples name none", len(patients) - len(names)))
 
 
 def _describe_labels(study):
@@ -647,11 +620,7 @@ def _describe_labels(study):
         if study.multilabel:
             count += f" of {(study.labels[:, i] >= 0).sum()}"
         counts.append(count)
-    line = "labels     " + ", ".join(counts)
-    unlabelled = len(study) - study.labelled.sum()
-    if unlabelled:
-        line += f"; {unlabelled} unlabelled"
-    return line
+    return f"labels     {', '.join(counts)}" + _if_any("; {} unlabelled", (~study.labelled).sum())
 
 
 def _describe_split(study):
@@ -670,27 +639,25 @@ def draw_sheet(study, path, columns=8):
     """A sheet of samples, a row for each class, with the first words of their notes; `Refused`
     without matplotlib."""
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
     except ImportError:
-        message = f"{path}: drawing needs matplotlib: pip install 'minilora[pictures]'"
-        raise Refused(message) from None
-    visible = np.flatnonzero(~data.blank(study.images))  # rows with an image
+        raise Refused(f"{path}: drawing needs matplotlib: "
+                      "pip install 'minilora[pictures]'") from None
+    visible = ~data.blank(study.images)  # [N]
     groups = {}  # {class name: rows with an image}
     for i, name in enumerate(study.class_names):
-        groups[name] = visible[_members(study, i)[visible]]
-    groups["unlabelled"] = visible[~study.labelled[visible]]
+        groups[name] = np.flatnonzero(visible & _members(study, i))
+    groups["unlabelled"] = np.flatnonzero(visible & ~study.labelled)
     groups = {name: rows for name, rows in [*groups.items()][:12] if len(rows)}
-    size = (1.6 * columns, 1.95 * len(groups) + 0.5)
-    figure, grid = plt.subplots(len(groups), columns, figsize=size, squeeze=False)
+    figure = Figure(figsize=(1.6 * columns, 1.95 * len(groups) + 0.5))
+    grid = figure.subplots(len(groups), columns, squeeze=False)
     for axes, (name, rows) in zip(grid, groups.items()):
         places = np.linspace(0, len(rows) - 1, min(columns, len(rows)))  # spread over the file
         for axis in axes:
             axis.axis("off")
         for axis, row in zip(axes, rows[places.astype(int)]):
             axis.imshow(study.images[row], cmap="gray", vmin=0, vmax=255)
-            note = "" if study.notes is None else str(study.notes[row]).replace("$", r"\$")
+            note = "" if study.notes is None else study.notes[row].replace("$", r"\$")
             axis.set_title(note if len(note) <= 24 else note[:24] + "...", fontsize=6)
         axes[0].text(-0.06, 0.5, name[:24], transform=axes[0].transAxes, rotation=90, va="center",
                      ha="right", fontsize=8)
@@ -703,7 +670,6 @@ def draw_sheet(study, path, columns=8):
     figure.tight_layout()
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
-    plt.close(figure)
     data.write_atomic(path, content.getvalue())
 
 

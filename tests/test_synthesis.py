@@ -302,8 +302,9 @@ def test_a_graph_that_changed_under_a_server_is_refused(drawn, tiny, tmp_path):
         (tmp_path / file).write_bytes((tmp_path / file).read_bytes() + b"x")
     with pytest.raises(Refused, match="note.onnx: was changed since the folder was opened"):
         diagnoser.predict(notes=["fever"])
-    with pytest.raises(Refused, match="ones.onnx_adapter: was changed since"):
-        synthesizer.sample(["fever"], steps=1, adapter="ones")
+    for _ in range(2):  # not only the first time: the base alone must not answer in its name
+        with pytest.raises(Refused, match="ones.onnx_adapter: was changed since"):
+            synthesizer.sample(["fever"], steps=1, adapter="ones")
     assert synthesizer.sample(["fever"], steps=1, adapter="neyman").shape == (1, 32, 32)
 
 
