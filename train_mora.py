@@ -18,16 +18,15 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from minilora import checkpoint, data, metrics, report
-from minilora.cli import Bounds, Natural, Positive, Share, guarded, refusing
-from minilora.data import Refused
+from minilora import checkpoint, data, report
+from minilora.cli import Bounds, Natural, Positive, Share, guarded
 from minilora.loop import Log, Loop, rows_at, warm_cosine
-from minilora.models import build, count
-from minilora.mora import METHODS, branch_ranks, gates
-from minilora.processes import leader, own_part, pick_device, wait
-from minilora.task import column_ids, draw_studies, draw_task, input_sizes, kept_job, load_task
-from minilora.task import numeric_scales, on, parse_rate, read_source, read_target, split_arrays
-from minilora.task import tests_of, vit_sizes, work_ahead
+from minilora.models import base_file, build, count, image_digests, kept_weights, load_head
+from minilora.mora import branch_ranks, gates
+from minilora.processes import average, leader, own_part, pick_device, wait, world
+from minilora.task import Context, check, column_ids, draw_studies, draw_task, evaluate
+from minilora.task import finished_job, input_sizes, listed, numeric_scales, on, read_source
+from minilora.task import read_target, split_arrays, vit_sizes, work_ahead
 from minilora.vit import ViT
 
 # Every method's learning rate comes from here: one shared rate would favour some of them.
@@ -151,20 +150,9 @@ def diagnosis_loss(logits, labels):
     known = (labels >= 0).float()
     targets = labels.clamp(min=0).float()
     losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return (losses * known).sum() / known.sum().clamp(min=1)
-
-
-@torch.no_grad()
-def predict(model, method, task, rows, present, shuffled):
-    """Probabilities [n,C] float64 of the rows under a presence table [N,M]."""
-    parts = []
-    for part in torch.from_numpy(rows).split(512):
-        batch = {name: x[part] for name, x in task["inputs"].items()}
-        gate = gates(method, present[part], shuffled[part])
-        logits = model(batch, present[part], gate).double()
-        multilabel = task["labels"].ndim == 2
-        parts.append(logits.sigmoid() if multilabel else logits.softmax(1))
-    return torch.cat(parts).cpu().numpy()
+    count = known.sum()
+    average([count])  # over processes, as the gradients will be: together they are one mean
+    return (losses * known).sum() / count.clamp(min=1 / world()[1])
 
 
 # ---- the base
@@ -216,49 +204,21 @@ def known_loss(logits, labels):
 # ---- a job
 
 
-@dataclass
-class Context:
-    """What the jobs of a run share."""
-
-    study: data.Study
-    draws: dict  # {seed: what `draw_task` gives}
-    vit: dict  # the keyword arguments of the adapted `ViT`
-    base: dict  # the pretrained state
-    device: torch.device
-    log: Log
-    stop: object
-    task: tuple = ()  # (seed, its tensors): one seed's at a time
-
-    def task_of(self, cfg, seed):
-        """The tensors of a seed."""
-        if not self.task or self.task[0] != seed:
-            draw = self.draws[seed]
-            self.task = (seed, load_task(self.study, draw, cfg.missing, self.vit, self.device))
-        return self.task[1]
-
-
 def run_job(cfg, ctx, method, seed, lr, path):
     """Adapt and evaluate one (method, seed, lr), or read its finished file; returns the file's
     content."""
     name = f"{method}-s{seed}-{lr:g}"
     wait()
     if path.exists():
-        return checkpoint.load(path, "mora adapter", name)
+        return finished_job(cfg, ctx, method, seed, path, name)
     task = ctx.task_of(cfg, seed)
     draw = ctx.draws[seed]
-    model = build(ctx.vit, ctx.base, method, cfg.rank, seed)
+    places = [base_file(ctx.base_hash)] * 2
+    model = build(ctx.vit, ctx.base, method, cfg.rank, seed, places=places)
     if cfg.head == "locked" and method != "head":
-        head = checkpoint.load(cfg.out / f"adapters/head-s{seed}.pt", "mora adapter")
-        model.load_state_dict(head["state"], strict=False)
-        model.pooler.requires_grad_(False)
-        model.head.requires_grad_(False)
+        load_head(model, cfg.out / f"adapters/head-s{seed}.pt", seed, ctx.base_hash)
     model.to(ctx.device)
     seconds = adapt(cfg, model, method, seed, lr, task, ctx.log, ctx.stop)
-    state = {
-        n: p.detach().cpu()
-        for n, p in model.named_parameters()
-        if p.requires_grad or n.startswith(("pooler.", "head."))
-    }
     content = {
         "format": 1,
         "kind": "mora adapter",
@@ -269,32 +229,11 @@ def run_job(cfg, ctx, method, seed, lr, path):
         "rank": cfg.rank,
         "counts": count(model),
         "result": evaluate(cfg, ctx, model, method, task, draw),
-        "state": state,
-        "scales": {m: [s.tolist() for s in pair] for m, pair in draw["scales"].items()},
+        "state": {name: p.detach().cpu() for name, p in kept_weights(model).items()},
+        "scales": listed(draw["scales"]),
+        "base_hash": ctx.base_hash,
     }
     return checkpoint.finished(cfg.out, path, content, {name: round(seconds, 3)})
-
-
-def evaluate(cfg, ctx, model, method, task, draw):
-    """{'val': scores, 'by_test': {TYPE:RATE: scores, with accuracy by pattern}} on the held-out
-    splits."""
-    labels = ctx.study.labels
-    rows = draw["parts"]["val"]
-    p = predict(model, method, task, rows, task["present"], task["shuffled"])
-    result = {"by_test": {}, "val": metrics.scores(labels[rows], p)}
-    rows = draw["parts"]["test"]
-    for text in tests_of(cfg):
-        present = task["tables"][text]
-        p = predict(model, method, task, rows, present, present[task["order"]])
-        table = draw["tables"][text][rows]
-        names = np.array([data.pattern_name(row, ctx.study.modalities) for row in table])
-        by_pattern = {}
-        for name in np.unique(names).tolist():
-            here = names == name
-            accuracy = metrics.scores(labels[rows][here], p[here])["accuracy"]
-            by_pattern[name] = {"n": int(here.sum()), "accuracy": accuracy}
-        result["by_test"][text] = metrics.scores(labels[rows], p) | {"by_pattern": by_pattern}
-    return result
 
 
 def pick_rate(cfg, ctx, method, rates):
@@ -320,35 +259,6 @@ def pick_rate(cfg, ctx, method, rates):
 
 
 # ---- main
-
-
-def check(cfg):
-    """Refuse what cannot be run, before data is read; returns ({method or '': lr}, (kept method,
-    seed))."""
-    for method in cfg.methods:
-        if method not in METHODS:
-            raise Refused(f"method '{method}' is not known; use {', '.join(METHODS)}")
-    if not cfg.methods or len(set(cfg.methods)) < len(cfg.methods):
-        names = " ".join(cfg.methods)
-        raise Refused(f"--methods '{names}' must name at least one method, none twice")
-    if cfg.head not in ("trained", "locked"):
-        raise Refused(f"--head '{cfg.head}' is not known; use trained or locked")
-    if cfg.head == "locked" and cfg.methods[0] != "head":
-        raise Refused(
-            "--head locked takes the head that method 'head' trained: name it first, before "
-            f"{cfg.methods[0]}"
-        )
-    run, _, number = cfg.augment.rpartition(":")
-    if cfg.augment and not (run and number.isdecimal() and int(number)):
-        raise Refused(
-            f"--augment '{cfg.augment}' must be SELORA_RUN:COUNT with a count of at least 1"
-        )
-    if cfg.positions == 1:
-        raise Refused("--positions is 1; must be 0 or at least 2")
-    with refusing():  # sizes that do not fit together
-        ViT(("image",), image_size=cfg.image_size, patch=cfg.patch, width=cfg.width, depth=1,
-            heads=cfg.heads, absent=cfg.absent)
-    return dict(map(parse_rate, cfg.lr)), kept_job(cfg)
 
 
 def main(argv=None):
@@ -385,9 +295,9 @@ def run(cfg, stop):
     identity = checkpoint.open_run(cfg)
     fixed = {"format": 3, "vit": base_config, "source": data.fingerprint(source)}
     fixed |= {"batch": cfg.batch, "steps": cfg.pretrain_steps}
-    base_path = Path(f"runs/base/vit-{data.digest(fixed)[:16]}.pt")
+    base_hash = data.digest(fixed)[:16]
     train_base = partial(pretrain, cfg, source, base_config, device, stop)
-    base = checkpoint.cached(base_path, "base", train_base)
+    base = checkpoint.cached(base_file(base_hash), "base", train_base)
     if leader():
         for seed, draw in draws.items():
             arrays = split_arrays(study, draw)
@@ -395,7 +305,7 @@ def run(cfg, stop):
         if study.synthetic and not cfg.data:  # a file for `export.py predict --data`
             data.save_study(cfg.out / "phantoms.npz", study)
     log = Log(cfg.out / "log.jsonl")
-    ctx = Context(study, draws, vit_config, base["state"], device, log, stop)
+    ctx = Context(study, draws, vit_config, base["state"], base_hash, device, log, stop)
     picked = {}
     results = {method: [] for method in cfg.methods}
     for seed in range(cfg.seeds):  # seed by seed: the first whole comparison is there early
@@ -405,10 +315,10 @@ def run(cfg, stop):
             path = cfg.out / f"adapters/{method}-s{seed}.pt"
             results[method].append(run_job(cfg, ctx, method, seed, picked[method][0], path))
     if leader():
-        finish(cfg, ctx, base_path, base, identity, kept, results, picked)
+        finish(cfg, ctx, source, base["readers"], identity, kept, results, picked)
 
 
-def finish(cfg, ctx, base_path, base, identity, kept, results, picked):
+def finish(cfg, ctx, source, readers, identity, kept, results, picked):
     """Write model.pt, metrics.json and the figure, and print the comparison."""
     study = ctx.study
     method, seed = kept
@@ -420,8 +330,10 @@ def finish(cfg, ctx, base_path, base, identity, kept, results, picked):
         "kind": "mora",
         "config": ctx.vit,
         "base": ctx.base,
-        "base_hash": base_path.stem.removeprefix("vit-"),
-        "readers": base["readers"],
+        "base_hash": ctx.base_hash,
+        # A judge must not have seen what it judges.
+        "source_images": torch.from_numpy(np.unique(image_digests(source))),
+        "readers": readers,
         "adapter": results[method][seed],
         "patterns": patterns[frequent_first].astype(int).tolist(),
         "class_names": study.class_names,

@@ -26,13 +26,12 @@ import tyro
 
 from minilora import checkpoint, data, diffusion, judge, ranks, report, selora
 from minilora.cli import Bounds, Natural, Positive, Share, guarded, refusing
-from minilora.data import Refused
 from minilora.loop import Log, Loop, rows_at, warm_cosine
 from minilora.models import load_judge
 from minilora.processes import average, leader, own_part, pick_device, wait, world
 from minilora.ranks import ranks_of
 from minilora.report import REFERENCES
-from minilora.task import read_studies
+from minilora.task import finished_rule, latents, read_studies, reconstruction_error
 from minilora.unet import Denoiser
 from minilora.vae import VAE, augment, vae_loss
 from minilora.words import tokenize
@@ -183,7 +182,7 @@ def adapt(cfg, pairs, model, job, seed, train, log, stop):
             loss.backward()  # one backward: gradients and Fisher information
         loop.note(loss)  # averages over processes; a NaN stops the run
         if probing:
-            scores = loop.finite(averaged(probe.scores() if probe else scores, device))
+            scores = loop.finite(probe.scores() if probe else scores)
             allowed = ranks.budget_at(step, job, probes, start)
             chance = torch.Generator().manual_seed(1000 * seed + step)
             if selora.grow(model, scores, job.rule, cfg.lam, cfg.ratio_of, allowed, chance):
@@ -191,18 +190,6 @@ def adapt(cfg, pairs, model, job, seed, train, log, stop):
         optimizer.step()
         schedule.step()
     return loop.seconds, history
-
-
-def averaged(scores, device):
-    """The scores {layer: Score} over the samples of all processes, equal in each of them."""
-    if not scores or world()[1] == 1:
-        return scores
-    sums = torch.tensor([s[:3] for s in scores.values()], dtype=torch.float64, device=device)
-    average([sums])
-    result = {}
-    for name, row in zip(scores, sums.tolist()):
-        result[name] = selora.Score(*row, selora.ratio(*row[:2]))
-    return result
 
 
 @torch.no_grad()
@@ -297,19 +284,6 @@ def pretrain(cfg, config, pairs, stop, last):
     return {"config": config, "state": average.state_dict()}
 
 
-@torch.no_grad()
-def latents(vae, images):
-    """Posterior means [N,L,s,s] of images [N,ch,S,S]."""
-    return torch.cat([vae.encode(part)[0] for part in images.split(256)])
-
-
-@torch.no_grad()
-def reconstruction_error(vae, z, images):
-    """Mean squared error of images [N,ch,S,S] decoded from their latents."""
-    decoded = torch.cat([vae.decode(part) for part in z.split(256)])
-    return decoded.sub(images).square().mean().item()
-
-
 # ---- a job
 
 
@@ -352,11 +326,7 @@ def run_job(cfg, ctx, job, seed):
     name = f"{job.name} s{seed}"
     wait()
     if path.exists():
-        content = checkpoint.load(path, "selora adapter", name)
-        if content["base_hash"] != ctx.base_hash:
-            found = content["base_hash"]
-            raise Refused(f"{path}: an adapter for base {found}, not {ctx.base_hash}")
-        return content
+        return finished_rule(ctx, job, seed, path, name)
     model = ctx.model()
     replay = ctx.replay.get(seed)
     if job.budget == "ratio":
@@ -432,29 +402,8 @@ def evaluate(cfg, ctx, model, seed):
 def check(cfg):
     """Refuse what cannot be run, before data is read; returns the keyword arguments of autoencoder
     and denoiser."""
-    if cfg.rule not in ranks.RULES:
-        raise Refused(f"rule '{cfg.rule}' is not known; use {', '.join(ranks.RULES)}")
-    if cfg.ratio_of not in ("sampled", "expected") or cfg.fisher not in ("probe", "loop"):
-        raise Refused(
-            f"--ratio-of '{cfg.ratio_of}' must be sampled or expected, "
-            f"--fisher '{cfg.fisher}' probe or loop"
-        )
-    if (cfg.rule == "replay") != (cfg.replay is not None):
-        raise Refused("--rule replay and --replay RUN go together")
-    if cfg.rules_table and cfg.capacity < 2:
-        raise Refused(f"--rules-table compares ranks 1 and 2; --capacity is {cfg.capacity}")
-    if cfg.rule in selora.GROWTH and not ranks.probe_steps(cfg, cfg.rule, cfg.rank):
-        raise Refused(
-            f"--steps {cfg.steps} ends before the first probe, --every {cfg.every}: "
-            "nothing would grow"
-        )
-    if not 0 <= cfg.rank <= cfg.capacity:
-        raise Refused(f"--rank {cfg.rank} is outside 0..{cfg.capacity}, the capacity")
-    if cfg.rank == 0 and cfg.rule == "fixed":
-        raise Refused("--rank 0 with --rule fixed would train nothing; use --rank 1 or more")
-    if not 0 <= cfg.lam < 1e9:
-        raise Refused(f"--lam {cfg.lam} must be a number of at least 0")
-    with refusing():  # sizes that do not fit together
+    with refusing():  # rules and sizes that do not fit together
+        ranks.check_rules(cfg)
         vae = VAE(cfg.image_size, 1, cfg.latent, cfg.factor, cfg.vae_width)
         config = dict(latent=cfg.latent, size=vae.size)
         for name in ("width", "heads", "buckets", "positions", "text_width", "text_depth"):
@@ -506,7 +455,8 @@ def prepare(cfg, config, studies, device, stop):
     vae_path = Path(f"runs/base/vae-{data.digest(fixed)[:16]}.pt")
     train = partial(train_vae, sizes, cfg.vae_steps, images["source"], stop)
     content = checkpoint.cached(vae_path, "vae", train)
-    vae = VAE(**content["config"])
+    vae = VAE(**sizes)
+    checkpoint.check_weights(vae_path, content["state"], vae.state_dict())
     vae.load_state_dict(content["state"])
     vae = vae.to(device).requires_grad_(False)
     alphas = diffusion.alphas_cumprod(kind=cfg.schedule, device=device)
@@ -519,7 +469,10 @@ def prepare(cfg, config, studies, device, stop):
         print(f"autoencoder: mean squared error {error:.4f} on the {role}, images in [-1,1]")
     base_hash = data.digest([*fixed, config, cfg.schedule, cfg.pretrain_steps, cfg.batch])[:16]
     train = partial(pretrain, cfg, config, pairs["source"], stop)
-    content = checkpoint.cached(Path(f"runs/base/unet-{base_hash}.pt"), "denoiser", train)
+    path = Path(f"runs/base/unet-{base_hash}.pt")
+    content = checkpoint.cached(path, "denoiser", train)
+    with torch.device("meta"):  # names and shapes only: nothing is allocated or drawn
+        checkpoint.check_weights(path, content["state"], Denoiser(**config).state_dict())
     return pairs["target"], vae, content["state"], base_hash
 
 
@@ -534,9 +487,9 @@ def run(cfg, stop):
     # As in train_mora.py: as exact as the exported graphs.
     torch.backends.cudnn.allow_tf32 = False
     cost, replay, adapted = check_adapters(cfg, config)
-    vit = load_judge(cfg.judge, device, cfg.data) if cfg.judge else None
     studies, drawable = read_studies(cfg)
     target = studies["target"]
+    vit = load_judge(cfg.judge, device, target, cfg.data) if cfg.judge else None
     print(*report.describe_pairs(studies, drawable), sep="\n")
     parts = {}
     for seed in range(cfg.seeds):
@@ -568,6 +521,10 @@ def finish(cfg, ctx, identity, results):
     """Write model.pt, metrics.json and the figures, and print the comparison."""
     target = ctx.target
     kept = next(name for name in results if name not in REFERENCES)
+    model = ctx.model()
+    selora.inject(model, cfg.targets or None, 0, cfg.capacity)
+    with refusing(f"{cfg.out}/adapters/{kept.replace(' ', '-')}-s0.pt: "):
+        selora.load_adapter(model, results[kept][0]["state"])
     content = {
         "format": 1,
         "kind": "selora",
@@ -590,9 +547,6 @@ def finish(cfg, ctx, identity, results):
     checkpoint.write_json(cfg.out / "metrics.json", metrics)
     print(report.selora_table(metrics, checkpoint.read_json(cfg.out / "timings.json", {})))
     report.rank_figure(metrics, cfg.steps, cfg.out / "ranks.png")
-    model = ctx.model()
-    selora.inject(model, cfg.targets or None, 0, cfg.capacity)
-    selora.load_adapter(model, results[kept][0]["state"])
     rows = ctx.parts[0]["test"][:8]
     report.sheet(target, rows, ctx.images(cfg, model.eval(), rows), cfg.out / "samples.png")
     print(f"run folder: {cfg.out}; export {kept}, seed 0, with: python export.py selora {cfg.out}")

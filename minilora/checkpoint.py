@@ -24,6 +24,95 @@ FORMATS = {"resume": 2}  # every other kind of checkpoint is of format 1
 RETIRED = {"sample_every"}  # settings of earlier versions, which changed no result
 HELD = []  # the lock of the run folder in use; the system drops it however the process ends
 
+# What is read of a file of each kind. A type stands for itself (a float may be whole), a number for
+# a whole number that is at least that, {str: x} for any names with x, [x] for a list of x, [x, y]
+# for a list of these two, a tuple for alternatives. A name with "?" may be missing.
+WEIGHTS = {str: torch.Tensor}
+LAYERS = {str: {"A": torch.Tensor, "B": torch.Tensor, "scale": float}}
+RANKS = {str: 0}
+DATA = ({"name": str, "sha256": str}, str)
+SCORES = {"macro_f1": float, "auroc": float, "accuracy": float, "without_positive?": 0}
+TESTS = {str: SCORES | {"by_pattern": {str: {"n": 0, "accuracy": float}}}}
+COUNTS = {"adapter_params": 0, "trainable_params": 0, "total_params": 0}
+BRANCH = {
+    "method": str,
+    "seed": 0,
+    "rank": 1,
+    "state": WEIGHTS,
+    "scales": {str: [[float], [float]]},
+    "base_hash?": str,
+}
+ADAPTER = {
+    "method": str,
+    "rule": str,
+    "seed": 0,
+    "state": {str: (LAYERS[str], torch.Tensor)},
+    "base_hash": str,
+}
+MOMENTS = dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), torch.Tensor)
+GROUP = dict.fromkeys(("lr", "initial_lr", "eps", "weight_decay"), float)
+GROUP |= {"params": [0], "betas": [float, float]}
+VIT = dict.fromkeys(("classes", "image_size", "channels", "patch", "width", "depth", "heads"), 1)
+VIT |= {"buckets": 1, "positions": 1, "modalities": [str], "columns": {str: [0]}, "absent": str}
+DENOISER = dict.fromkeys(("latent", "size", "width", "heads", "buckets", "positions"), 1)
+DENOISER |= {"text_width": 1, "text_depth": 0, "levels?": 1}
+VAE = dict.fromkeys(("image_size", "channels", "latent", "factor", "width"), 1)
+FORMS = {
+    "mora": {
+        "config": VIT,
+        "base": WEIGHTS,
+        "base_hash": str,
+        "adapter": BRANCH,
+        "patterns": [[0]],
+        "class_names": [str],
+        "multilabel": bool,
+        "columns": {str: [str]},
+        "data": DATA,
+        "synthetic": bool,
+        "synthetic_notes": bool,
+        "fit?": str,
+        "source_images?": torch.Tensor,
+    },
+    "mora adapter": BRANCH | {"counts": COUNTS, "result": {"val": SCORES, "by_test": TESTS}},
+    "selora": {
+        "config": DENOISER,
+        "base": WEIGHTS,
+        "base_hash": str,
+        "vae_config": VAE,
+        "vae": WEIGHTS,
+        "schedule": str,
+        "targets": str,
+        "capacity": 1,
+        "adapter": ADAPTER,
+        "data": DATA,
+        "study?": str,
+        "synthetic": bool,
+        "synthetic_notes": bool,
+    },
+    "selora adapter": ADAPTER
+    | {
+        "ranks": RANKS,
+        "history": [[0, RANKS]],
+        "result": {str: float},
+        "trainable_params": 0,
+        "adapter_params": 0,
+    },
+    "base": {"state": WEIGHTS, "readers": WEIGHTS},
+    "vae": {"state": WEIGHTS},
+    "denoiser": {"state": WEIGHTS},
+    "resume": {
+        "of": str,
+        "step": 0,
+        "state": WEIGHTS,
+        "optimizer": {"state": {int: MOMENTS}, "param_groups": [GROUP]},
+        "schedule": {"last_epoch": 0, "base_lrs": [float]},
+        "seconds": float,
+        "losses": torch.Tensor,
+        "kept": {"history?": [[0, RANKS]]},
+        "log": 0,
+    },
+}
+
 
 def _canonical(value):
     """A copy without shared objects: pickle would write two equal strings or dicts otherwise if
@@ -48,8 +137,8 @@ def save(path, content):
 
 def load(path, kind=None, of=None):
     """Read what `save` wrote, to the CPU. `Refused` if it is missing, cut, has a flipped bit, holds
-    code, is not of `kind`, or its own 'of' says that it belongs elsewhere: files that changed
-    places."""
+    code, is not of `kind`, lacks an entry of that kind or has another type there, or its own 'of'
+    says that it belongs elsewhere: files that changed places."""
     path = Path(path)
     if not path.is_file():
         raise Refused(f"{path}: no such file")
@@ -64,6 +153,7 @@ def load(path, kind=None, of=None):
         ) from None
     if kind:
         _check_kind(path, content, kind)
+        check_form(path, content, FORMS.get(kind, dict))
     if of and content.get("of") != of:
         raise Refused(
             f"{path}: holds '{content.get('of')}', not '{of}'; it was changed, or made by another version"
@@ -104,6 +194,111 @@ def _check_kind(path, content, kind):
             f"this one reads {wanted}); go on with that version, or remove the file to train this part anew"
         )
     raise Refused(f"{path}: holds '{content.get('kind')}', not a '{kind}' of format {wanted}")
+
+
+def check_form(place, value, form):
+    """`Refused` with the place, a file, and the first entry of a value that has not its form."""
+    for text in misfits(value, form, ""):
+        text = text.replace("'.", "'", 1)
+        raise Refused(f"{place}: entry {text}; the file was changed, or is of another version")
+
+
+def misfits(value, form, entry):
+    """For each entry of a value that has not its form, see `FORMS`: its name, what it is, what it
+    has to be."""
+    if isinstance(form, tuple):
+        texts = [list(misfits(value, each, entry)) for each in form]
+        if all(texts):
+            yield texts[0][0]
+    elif isinstance(form, dict) and isinstance(value, dict):
+        kind = next(iter(form))
+        if isinstance(kind, type):
+            for name, part in value.items():
+                if type(name) is not kind:
+                    yield f"'{entry}' has the name {described(name)}; must be {needed(kind)}"
+                yield from misfits(part, form[kind], f"{entry}.{name}")
+            return
+        for name, each in form.items():
+            key = name.rstrip("?")
+            if key in value:
+                yield from misfits(value[key], each, f"{entry}.{key}")
+            elif key == name:
+                yield f"'{entry}.{key}' is missing"
+    elif isinstance(form, list) and isinstance(value, (list, tuple)) and len(form) in (1, len(value)):
+        forms = form * len(value) if len(form) == 1 else form
+        for i, (part, each) in enumerate(zip(value, forms)):
+            yield from misfits(part, each, f"{entry}.{i}")
+    elif not fits(value, form):
+        yield f"'{entry}' is {described(value)}; must be {needed(form)}"
+
+
+def fits(value, form):
+    """Whether a value has a form that has no parts."""
+    if isinstance(form, (dict, list)):
+        return False
+    if isinstance(form, int):
+        return type(value) is int and value >= form
+    return isinstance(value, form) or (form is float and type(value) is int)
+
+
+def needed(form):
+    """A form in words."""
+    if isinstance(form, int):
+        return f"a whole number of at least {form}"
+    if isinstance(form, list) and len(form) > 1:
+        return f"a list of {len(form)}"
+    return f"a {(form if isinstance(form, type) else type(form)).__name__}"
+
+
+def described(value):
+    """A value in a few characters."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {list(value.shape)} of {value.dtype}"
+    if isinstance(value, (dict, list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"{value!r:.40}"
+
+
+def check_weights(place, weights, expected):
+    """`Refused` unless weights {name: tensor} have exactly the names, shapes and types of the
+    expected ones, and are finite; `place`: the file and the entry."""
+    alien = sorted(weights.keys() - expected.keys())
+    missing = sorted(expected.keys() - weights.keys())
+    if alien or missing:
+        fault = f"weight '{alien[0]}' fits nothing" if alien else f"weight '{missing[0]}' is missing"
+        names = ", ".join(missing[:3]) or "no other"
+        raise Refused(f"{place}: {fault}; expected here: {names} (of {len(expected)} weights)")
+    for name, like in expected.items():
+        if weights[name].shape != like.shape or weights[name].dtype != like.dtype:
+            raise Refused(
+                f"{place}: weight '{name}' is {described(weights[name])}; must be {described(like)}"
+            )
+        if not weights[name].isfinite().all():
+            raise Refused(f"{place}: weight '{name}' holds numbers that are not finite")
+
+
+def trained_state(model):
+    """What a stopped training keeps of its model: what trains, and all buffers."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def check_resume(path, saved, model, optimizer):
+    """`Refused` unless the saved state of a training fits the model and the optimizer that are to
+    go on with it."""
+    check_weights(f"{path}: entry 'state'", saved["state"], trained_state(model))
+    moments = saved["optimizer"]["state"]
+    groups = [group["params"] for group in saved["optimizer"]["param_groups"]]
+    own = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    schedule = saved["schedule"]
+    steps = {saved["step"], saved["losses"].numel(), schedule["last_epoch"]}
+    same = groups == own and len(schedule["base_lrs"]) == len(own) and len(steps) == 1
+    if not same or not moments.keys() <= {*range(len(parameters))}:
+        raise Refused(f"{path}: its optimizer, schedule or losses are those of another training")
+    for i, each in moments.items():
+        like = {"step": torch.zeros(()), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]}
+        check_weights(f"{path}: entry 'optimizer.state.{i}'", each, like)
 
 
 def write_json(path, value):

@@ -91,7 +91,8 @@ class Loop:
         self.progress = Progress(self.name, self.steps, self.start)
 
     def restore(self, saved):
-        """Go on from what `save` wrote."""
+        """Go on from what `save` wrote; `Refused` if it does not fit."""
+        checkpoint.check_resume(self.last, saved, self.model, self.optimizer)
         self.model.load_state_dict(saved["state"], strict=False)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
@@ -106,14 +107,12 @@ class Loop:
     def save(self, done):
         """Write the state after `done` steps, unless a number in it is not finite."""
         self.watch.checked(done)
-        frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
-        state = self.model.state_dict()
         content = {
             "format": 2,
             "kind": "resume",
             "of": self.of,
             "step": done,
-            "state": {name: value for name, value in state.items() if name not in frozen},
+            "state": checkpoint.trained_state(self.model),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "seconds": self.seconds,

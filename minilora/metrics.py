@@ -30,12 +30,14 @@ def auroc(truth, score):
 
 def scores(labels, probabilities):
     """{'macro_f1', 'auroc', 'accuracy'} of probabilities [N,C] against labels [N] or several
-    findings [N,C] (-1 = unlabelled).
+    findings [N,C] (-1 = unlabelled); where there are any, 'without_positive': how many findings no
+    labelled sample has.
 
     One label: the predicted class is the most probable; macro-F1 is the mean over the classes that
     occur in labels or predictions, AUROC one against the rest, averaged over the classes that occur
     (for two classes: of class 1). Several findings: each at 0.5, over its labelled samples, then
-    the mean over findings."""
+    the mean over findings; macro-F1 over those that have a positive, since F1 says nothing of the
+    others: it is 0 even of perfect predictions."""
     probabilities = np.asarray(probabilities)
     f1s = []
     aurocs = []
@@ -46,7 +48,8 @@ def scores(labels, probabilities):
             if labelled.any():
                 truth = labels[labelled, c] == 1
                 score = probabilities[labelled, c]
-                f1s.append(f1(truth, score >= 0.5))
+                if truth.any():
+                    f1s.append(f1(truth, score >= 0.5))
                 aurocs.append(auroc(truth, score))
                 accuracies.append(((score >= 0.5) == truth).mean())
     else:
@@ -56,7 +59,10 @@ def scores(labels, probabilities):
         for c in [1] if probabilities.shape[1] == 2 else np.unique(labels):
             aurocs.append(auroc(labels == c, probabilities[:, c]))
         accuracies.append(np.mean(predicted == labels))
-    return {"macro_f1": _mean(f1s), "auroc": _mean(aurocs), "accuracy": _mean(accuracies)}
+    result = {"macro_f1": _mean(f1s), "auroc": _mean(aurocs), "accuracy": _mean(accuracies)}
+    if labels.ndim == 2 and len(f1s) < labels.shape[1]:
+        result["without_positive"] = labels.shape[1] - len(f1s)
+    return result
 
 
 def _mean(values):

@@ -3,11 +3,14 @@
 Shared by the training scripts and the export; skip it when you read for a method.
 """
 
+import hashlib
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from minilora import checkpoint, selora
+from minilora import checkpoint, diffusion, selora
 from minilora.data import Refused, sha256
 from minilora.mora import adapter_parameters, attach
 from minilora.unet import Denoiser
@@ -15,17 +18,53 @@ from minilora.vae import VAE
 from minilora.vit import ViT
 
 
-def build(vit_config, base, method, rank, seed, state=None):
-    """The frozen base with a method's adapter, fresh from `seed` or with a trained `state`."""
+@contextmanager
+def refusing(place):
+    """Turn what a lesson file raises at sizes or names that do not fit into `Refused` with the
+    place they come from."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise Refused(f"{place}: {error}") from None
+
+
+def build(vit_config, base, method, rank, seed, state=None, places=("the base", "the adapter")):
+    """The frozen base with a method's adapter, fresh from `seed` or with a trained `state`.
+    `Refused` unless base and state fit exactly; `places`: where they come from."""
     torch.manual_seed(seed)
-    model = ViT(**vit_config)
-    missing, unexpected = model.load_state_dict(base, strict=False)
-    if unexpected or not all(name.startswith("head.") for name in missing):
-        raise Refused(f"the base does not fit the model: {(unexpected + missing)[0]}")
-    attach(model, method, rank)
+    model = based(vit_config, base, places[0])
+    with refusing(places[1]):
+        attach(model, method, rank)
     if state is not None:
+        checkpoint.check_weights(f"{places[1]}, method '{method}'", state, kept_weights(model))
         model.load_state_dict(state, strict=False)
     return model
+
+
+def base_file(base_hash):
+    """The file of a base that runs of train_mora.py share."""
+    return Path(f"runs/base/vit-{base_hash}.pt")
+
+
+def based(vit_config, base, place):
+    """A `ViT` with pretrained weights, which are all but the head's."""
+    with refusing(place):
+        vit = ViT(**vit_config)
+    checkpoint.check_weights(place, base, without_head(vit))
+    vit.load_state_dict(base, strict=False)
+    return vit
+
+
+def without_head(vit):
+    """{name: tensor} of what is pretrained of a `ViT`."""
+    return {name: value for name, value in vit.state_dict().items() if not name.startswith("head.")}
+
+
+def kept_weights(model):
+    """{name: parameter} of what a run keeps of an adapted model: what trains, pooler and head."""
+    kept = ("pooler.", "head.")  # they do not train where the head is locked
+    named = model.named_parameters()
+    return {n: p for n, p in named if p.requires_grad or n.startswith(kept)}
 
 
 def count(model):
@@ -39,71 +78,167 @@ def count(model):
 
 
 def chosen_adapter(run, saved, method, seed):
-    """The adapter that the run kept, or the one that --method and --seed name."""
+    """(its file, the adapter that the run kept, or the one that --method and --seed name)."""
+    kept = saved["adapter"]
     if method is None and seed is None:
-        return saved["adapter"]
-    method = method or saved["adapter"]["method"]
+        path = Path(run) / "model.pt"
+        check_base(path, kept, saved["base_hash"])
+        return path, kept
+    method = method or kept["method"]
     if seed is None:
-        seed = saved["adapter"]["seed"]
+        seed = kept["seed"]
     path = Path(run) / f"adapters/{method.replace(' ', '-')}-s{seed}.pt"
     if not path.is_file():
         names = sorted(p.stem for p in path.parent.glob("*.pt"))
         raise Refused(f"{path}: no such adapter; this run has {', '.join(names)}")
-    adapter = checkpoint.load(path, f"{saved['kind']} adapter")
+    return path, read_adapter(path, f"{saved['kind']} adapter", method, seed, saved["base_hash"])
+
+
+def read_adapter(path, kind, method, seed, base_hash):
+    """The content of an adapter's file; `Refused` if it is another's or was trained on another
+    base."""
+    adapter = checkpoint.load(path, kind)
     if (adapter["method"], adapter["seed"]) != (method, seed):
         content = f"'{adapter['method']}' of seed {adapter['seed']}"
-        raise Refused(f"{path}: holds {content}; its file was changed")
+        raise Refused(f"{path}: holds {content}, not '{method}' of seed {seed}; its file was changed")
+    check_base(path, adapter, base_hash)
     return adapter
+
+
+def check_base(path, adapter, base_hash):
+    """`Refused` if an adapter was trained on another base. Earlier files of MoRA do not say."""
+    of = adapter.get("base_hash", base_hash)
+    if of != base_hash:
+        raise Refused(f"{path}: an adapter for base {of}, not for base {base_hash}")
+
+
+def load_head(model, path, seed, base_hash):
+    """Put the head that method `head` trained at this seed into a model, and freeze it."""
+    head = read_adapter(path, "mora adapter", "head", seed, base_hash)
+    expected = {n: p for n, p in model.named_parameters() if n.startswith(("pooler.", "head."))}
+    checkpoint.check_weights(f"{path}: entry 'state'", head["state"], expected)
+    model.load_state_dict(head["state"], strict=False)
+    model.pooler.requires_grad_(False)
+    model.head.requires_grad_(False)
 
 
 def load_mora(run, method=None, seed=None):
     """(content of RUN/model.pt with the chosen adapter, rebuilt model)."""
-    saved = checkpoint.load(Path(run) / "model.pt", "mora")
-    adapter = chosen_adapter(run, saved, method, seed)
+    path = Path(run) / "model.pt"
+    saved = checkpoint.load(path, "mora")
+    file, adapter = chosen_adapter(run, saved, method, seed)
     if adapter["method"] == "mora-shuffled":
         raise Refused("mora-shuffled is a control that needs other samples' patterns; "
                       "it cannot be served")
     saved["adapter"] = adapter
-    model = build(
-        saved["config"], saved["base"], adapter["method"], adapter["rank"], 0, adapter["state"]
-    )
+    check_sizes(path, saved)
+    scales = {name: [*map(len, pair)] for name, pair in adapter["scales"].items()}
+    columns = saved["config"]["columns"].items()
+    check_entries(file, {"scales": (scales, {name: [len(ids)] * 2 for name, ids in columns})})
+    places = (f"{path}: entry 'base'", f"{file}: the adapter")
+    model = build(saved["config"], saved["base"], adapter["method"], adapter["rank"], 0,
+                  adapter["state"], places)
     return saved, model
+
+
+def check_sizes(path, saved):
+    """`Refused` if an entry of a model.pt of train_mora.py has another size than `config` says."""
+    config = saved["config"]
+    columns = {name: len(ids) for name, ids in config["columns"].items()}
+    check_entries(path, {
+        "config.columns": ({*columns}, {*config["modalities"]} - {"image", "note"}),
+        "columns": ({name: len(names) for name, names in saved["columns"].items()}, columns),
+        "class_names": (len(saved["class_names"]), config["classes"]),
+        "patterns": ({len(row) for row in saved["patterns"]}, {len(config["modalities"])}),
+    })
+
+
+def check_entries(path, entries):
+    """`Refused` with the file and the first of {entry: (what it is, what it has to be)} that
+    differs."""
+    for entry, (value, needed) in entries.items():
+        if value != needed:
+            raise Refused(f"{path}: entry '{entry}' does not fit: {value!s:.80}, not {needed!s:.80}")
 
 
 def load_selora(run, method=None, seed=None):
     """(content of RUN/model.pt with the chosen adapter, the base with that adapter in place, its
     autoencoder).
     """
-    saved = checkpoint.load(Path(run) / "model.pt", "selora")
-    adapter = chosen_adapter(run, saved, method, seed)
-    if adapter["base_hash"] != saved["base_hash"]:
-        raise Refused(f"{run}: the adapter is for base {adapter['base_hash']}, "
-                      f"the run has {saved['base_hash']}")
+    path = Path(run) / "model.pt"
+    saved = checkpoint.load(path, "selora")
+    file, adapter = chosen_adapter(run, saved, method, seed)
     if adapter["rule"] in ("unadapted", "full"):
         raise Refused(f"{run}: '{adapter['method']}' is a reference without an adapter; "
                       "name another --method")
     saved["adapter"] = adapter
-    model = Denoiser(**saved["config"])
-    vae = VAE(**saved["vae_config"])
+    adapter["ranks"] = ranks_in(file, adapter["state"])
+    with refusing(path):
+        diffusion.alphas_cumprod(kind=saved["schedule"])
+        model = Denoiser(**saved["config"])
+        vae = VAE(**saved["vae_config"])
+    latents = (saved["config"]["latent"], saved["config"]["size"])
+    check_entries(path, {"vae_config": ((vae.latent, vae.size), latents)})
+    checkpoint.check_weights(f"{path}: entry 'base'", saved["base"], model.state_dict())
+    checkpoint.check_weights(f"{path}: entry 'vae'", saved["vae"], vae.state_dict())
     model.load_state_dict(saved["base"])
     vae.load_state_dict(saved["vae"])
-    selora.inject(model, saved["targets"] or None, 0, saved["capacity"])
-    selora.load_adapter(model, adapter["state"])
+    with refusing(path):
+        selora.inject(model, saved["targets"] or None, 0, saved["capacity"])
+    with refusing(file):
+        selora.load_adapter(model, adapter["state"])
     return saved, model.eval(), vae.eval()
 
 
-def load_judge(run, device, study_file):
+def ranks_in(path, state):
+    """{layer: rank} of the state of an adapter in a file; `Refused` if it is not one."""
+    checkpoint.check_form(path, {"state": state}, {"state": checkpoint.LAYERS})
+    for name, layer in state.items():
+        for part in "AB":
+            value = layer[part]
+            if value.dim() < 2 or not value.is_floating_point() or not value.isfinite().all():
+                kind = checkpoint.described(value)
+                raise Refused(f"{path}: weight '{name}.{part}' is {kind}; must be a matrix of "
+                              "finite floats")
+    return {name: len(layer["B"]) for name, layer in state.items()}
+
+
+def load_judge(run, device, target, study_file):
     """The frozen ViT that a run of train_mora.py was built on; it looks at images alone. `Refused`
-    if it was pretrained on the study whose held-out images it is to judge.
+    if it was pretrained on images of the study whose held-out images it is to judge, or on the
+    file that they are in.
     """
-    saved = checkpoint.load(Path(run) / "model.pt", "mora")
-    run_config = checkpoint.read_json(Path(run) / "config.json", {})
-    source = run_config.get("source") if isinstance(run_config, dict) else None
+    path = Path(run) / "model.pt"
+    saved = checkpoint.load(path, "mora")
+    check_sizes(path, saved)
+    if "image" not in saved["config"]["modalities"]:
+        raise Refused(f"--judge {run}: its model has no image modality")
+    seen = saved.get("source_images", torch.empty(0, dtype=torch.int64))  # earlier runs lack it
+    check_entries(path, {"source_images": (seen.dtype, torch.int64)})
+    shared = int(np.isin(image_digests(target), seen.numpy()).sum())
+    if shared:
+        raise Refused(f"--judge {run}: was pretrained on {shared} images of {target.name}, "
+                      "whose held-out images it would judge")
+    file = Path(run) / "config.json"
+    run_config = checkpoint.read_json(file, {})
+    checkpoint.check_form(file, run_config, {"source?": (checkpoint.DATA[0], type(None))})
+    source = run_config.get("source")
     if source and study_file and source["sha256"] == sha256(study_file):
         raise Refused(f"--judge {run}: was pretrained on {study_file}, "
                       "whose held-out images it would judge")
-    if "image" not in saved["config"]["modalities"]:
-        raise Refused(f"--judge {run}: its model has no image modality")
-    vit = ViT(**saved["config"] | {"absent": "mask"})
-    vit.load_state_dict(saved["base"], strict=False)
+    vit = based(saved["config"] | {"absent": "mask"}, saved["base"], f"{path}: entry 'base'")
     return vit.to(device).requires_grad_(False).eval()
+
+
+def image_digests(study):
+    """int64 [n], a hash of each of a study's images that is not of one colour: equal pictures have
+    equal ones, whatever file they are in."""
+    if study.images is None:
+        return np.empty(0, np.int64)
+    images = study.images  # [N,H,W] or [N,H,W,3]
+    if images.ndim == 4 and (images == images[..., :1]).all():
+        images = images[..., 0]  # grey, in three channels
+    flat = np.ascontiguousarray(images.reshape(len(images), -1))
+    shown = np.flatnonzero(flat.min(1) < flat.max(1))
+    hashes = b"".join(hashlib.blake2b(flat[i], digest_size=8).digest() for i in shown)
+    return np.frombuffer(hashes, np.int64)

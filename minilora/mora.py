@@ -5,15 +5,25 @@
 One down-projection [D,r] is shared, each modality has an up-projection [r,D], and the branch stands
 beside the first block of a frozen transformer. Everything of the method is here: the branch, the
 wrapper, folding a presence pattern into two matrices, and the controls that a claim about it has to
-beat. Skip this file only if you came for SeLoRA.
+beat. Skip part 2, and the whole file only if you came for SeLoRA.
 
 Letters: B batch, T tokens, D width, M modalities, L prompt tokens, r rank.
 """
 
+import threading
+import weakref
+
 import torch
 from torch import nn
 
+# ==== 1. THE METHOD ===============================================================================
+
 METHODS = ("head", "lora", "mora", "mora-open", "mora-shuffled", "mora-all", "prompt", "full")
+
+
+def cast(weight, x):
+    """The weight in the dtype of x; where it has that, a traced graph gets no node."""
+    return weight if weight.dtype == x.dtype else weight.to(x.dtype)
 
 
 class MoRA(nn.Module):
@@ -28,10 +38,14 @@ class MoRA(nn.Module):
             modalities = (f"modality {m}" for m in range(modalities))
         self.modalities = tuple(modalities)
         M = len(self.modalities)
+        if isinstance(modalities, str) or len(set(self.modalities)) < M:
+            raise ValueError(f"modalities {modalities!r}: write each name once, as in ('image',)")
         if rank < 1 or M < 1:
             raise ValueError(f"rank {rank} with {M} modalities: both must be at least 1")
-        self.down = nn.Parameter(torch.randn(dim, rank) / rank)
-        self.up = nn.Parameter(torch.zeros(M, rank, dim))
+        # In half precision most of Adam's steps would round to nothing; the forward casts instead.
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.down = nn.Parameter(torch.randn(dim, rank, dtype=dtype) / rank)
+        self.up = nn.Parameter(torch.zeros(M, rank, dim, dtype=dtype))
 
     def fold(self, present):
         """One up-projection per row of presence: [..., M] -> [..., r, D], sum_m present_m up_m."""
@@ -40,8 +54,12 @@ class MoRA(nn.Module):
 
     def forward(self, x, present):
         """x [B,T,D], present [B,M] of 0/1 -> [B,T,D]. The branch is linear in presence, so the sum
-        over m comes first: one bmm, no loop over samples."""
-        return (x @ self.down) @ self.fold(present)  # [B,T,r] @ [B,r,D]
+        over m comes first: one bmm, no loop over samples. ValueError if presence is not x's."""
+        shape = [*x.shape[:-2], len(self.modalities)]
+        if not torch.jit.is_tracing() and list(present.shape) != shape:
+            raise ValueError(f"presence {list(present.shape)} for x [B,T,D] = {list(x.shape)}: has "
+                             f"to be [B,M] = {shape}; if x is [T,B,D], pass MoRABlock batch_dim=1")
+        return (x @ cast(self.down, x)) @ cast(self.fold(present), x)  # [B,T,r] @ [B,r,D]
 
 
 class FoldedMoRA(nn.Module):
@@ -53,28 +71,43 @@ class FoldedMoRA(nn.Module):
         self.register_buffer("up", mora.fold(torch.as_tensor(present)).detach())
 
     def forward(self, x, present=None):
-        return (x @ self.down) @ self.up
+        return (x @ cast(self.down, x)) @ cast(self.up, x)
 
 
 class MoRABlock(nn.Module):
     """A transformer block with the branch beside it: block(x, ...) + mora(x, present).
 
     Whatever else the block takes or returns is passed on; of a tuple, the first item is the hidden
-    state. A model that cannot hand `present` [B,M] down to its blocks sets `.present` first."""
+    state. A model that cannot hand `present` [B,M] down to its blocks sets `.present` before each
+    call, which uses it up. batch_dim: 1 for a block whose x is [T,B,D]."""
 
-    def __init__(self, block, mora):
+    def __init__(self, block, mora, batch_dim=None):
         super().__init__()
         self.block = block
         self.mora = mora
-        self.present = None
+        self.batch_dim = batch_dim or 0
+        self.next_presence = {}  # {`caller`: [B,M]}
+        if batch_dim is None and not all(getattr(m, "batch_first", True) for m in self.modules()):
+            raise ValueError("block with batch_first=False: pass batch_dim=1, or 0 for x [B,T,D]")
+
+    @property
+    def present(self):
+        return self.next_presence.get(caller(self))
+
+    @present.setter
+    def present(self, present):
+        self.next_presence[caller(self)] = present
 
     def forward(self, x, *args, present=None, **kwargs):
-        present = self.present if present is None else present
+        tokens = x.transpose(0, self.batch_dim) if self.batch_dim else x  # [B,T,D]
         if present is None and isinstance(self.mora, MoRA):
-            raise ValueError("which modalities are present? "
-                             "pass present [B,M], or set MoRABlock.present first")
+            present = presence_of(self, tokens)
+        elif self.next_presence:
+            self.next_presence.pop(caller(self), None)  # the argument goes first
         out = self.block(x, *args, **kwargs)
-        branch = self.mora(x, present)  # [B,T,D]
+        branch = self.mora(tokens, present)
+        if self.batch_dim:
+            branch = branch.transpose(0, self.batch_dim)
         return (out[0] + branch, *out[1:]) if isinstance(out, tuple) else out + branch
 
 
@@ -148,3 +181,50 @@ def fold(model, present):
         if isinstance(block, MoRABlock) and isinstance(block.mora, MoRA):
             block.mora = FoldedMoRA(block.mora, present)
     return model
+
+
+# ==== 2. PRESENCE THAT WAS SET, NOT PASSED ========================================================
+
+# {memory of x: {(block, place of x in it): [B,M]}}; an entry goes when that memory does.
+PAST = weakref.WeakKeyDictionary()
+
+
+def caller(block):
+    """Whose calls a presence is for that is set now: (block, thread, backward or -1). Copies of the
+    block, other threads, and a backward that recomputes must not take it."""
+    # torch.utils.checkpoint asks this private function too. Should it go, no caller equals another:
+    # presence that was set is refused, and presence that is passed still works.
+    backward = getattr(torch._C, "_current_graph_task_id", object)()
+    return id(block), threading.get_ident(), backward
+
+
+def presence_of(block, x):
+    """The presence [B,M] that was set for this call of a block, gone after it. Activation
+    checkpointing calls again in the backward: then it is what the same x [B,T,D], known by its
+    memory, was given in the forward. ValueError if none was set; RuntimeError if that x is not
+    known, or was given two presences."""
+    if torch.compiler.is_compiling():  # breaks the graph: a compiler would lose what PAST holds
+        raise RuntimeError("MoRABlock.present cannot be compiled: pass present as an argument")
+    try:
+        past = PAST.setdefault(x.untyped_storage(), {})
+    except NotImplementedError:  # a tensor of torch.func, which has no memory of its own
+        past = {}
+    place = (weakref.ref(block), x.storage_offset(), x.shape, x.stride())
+    call = caller(block)
+    present = block.next_presence.pop(call, None)
+    if present is None:
+        if call[-1] == -1:
+            raise ValueError("which modalities are present? pass present [B,M], or set "
+                             "MoRABlock.present before each call, in the thread that calls")
+        if place not in past or past[place].isnan().any():
+            raise RuntimeError("MoRABlock is recomputed and cannot tell which presence x had: "
+                               "hand present [B,M] down as an argument of what is checkpointed")
+        return past[place]
+    frozen = not present.requires_grad
+    present = present.to(block.mora.up)
+    fits = list(present.shape) == [x.shape[0], len(block.mora.modalities)]
+    if fits and not torch.is_inference_mode_enabled():
+        # NaN where x was given another presence too, or one whose gradient would be lost.
+        same = past.get(place, present) == present
+        past[place] = torch.where(same & frozen, present.detach(), torch.nan)
+    return present

@@ -198,6 +198,32 @@ def cost_of(model, ranks):
     return sum(rank * adapter_cost(layers[name]) for name, rank in ranks.items())
 
 
+def check_rules(cfg):
+    """ValueError where the settings of a rule are not known or contradict each other."""
+    if cfg.rule not in RULES:
+        raise ValueError(f"rule '{cfg.rule}' is not known; use {', '.join(RULES)}")
+    if cfg.ratio_of not in ("sampled", "expected") or cfg.fisher not in ("probe", "loop"):
+        raise ValueError(
+            f"--ratio-of '{cfg.ratio_of}' must be sampled or expected, "
+            f"--fisher '{cfg.fisher}' probe or loop"
+        )
+    if (cfg.rule == "replay") != (cfg.replay is not None):
+        raise ValueError("--rule replay and --replay RUN go together")
+    if cfg.rules_table and cfg.capacity < 2:
+        raise ValueError(f"--rules-table compares ranks 1 and 2; --capacity is {cfg.capacity}")
+    if cfg.rule in GROWTH and not probe_steps(cfg, cfg.rule, cfg.rank):
+        raise ValueError(
+            f"--steps {cfg.steps} ends before the first probe, --every {cfg.every}: "
+            "nothing would grow"
+        )
+    if not 0 <= cfg.rank <= cfg.capacity:
+        raise ValueError(f"--rank {cfg.rank} is outside 0..{cfg.capacity}, the capacity")
+    if cfg.rank == 0 and cfg.rule == "fixed":
+        raise ValueError("--rank 0 with --rule fixed would train nothing; use --rank 1 or more")
+    if not 0 <= cfg.lam < 1e9:
+        raise ValueError(f"--lam {cfg.lam} must be a number of at least 0")
+
+
 def check_budget(cfg, cost):
     """ValueError where --budget buys less than the rule needs; `cost`: rank 1 in every layer."""
     if cfg.budget and cfg.budget < cost:

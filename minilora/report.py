@@ -95,6 +95,9 @@ def mora_metrics(cfg, study, results, picked, ranks):
 def by_seed(rows):
     """The scores of one test row: lists over seeds instead of a list of dictionaries."""
     result = {k: [r[k] for r in rows] for k in ("macro_f1", "auroc", "accuracy")}
+    left_out = [r.get("without_positive", 0) for r in rows]
+    if any(left_out):
+        result["without_positive"] = left_out
     result["by_pattern"] = {}
     for name in sorted({n for r in rows for n in r["by_pattern"]}):
         each = [r["by_pattern"].get(name, {"n": 0, "accuracy": None}) for r in rows]
@@ -181,6 +184,8 @@ def mora_conclusion(report):
         if "mora" not in scores or name not in scores:
             continue
         difference = scores["mora"] - scores[name]
+        if np.isnan(difference).any():
+            continue  # no finding of a seed's test split has a positive
         wins = int((difference > 0).sum())
         count = f"{wins} of {seeds} seeds, mean"
         if seeds == 1:
@@ -194,6 +199,11 @@ def mora_conclusion(report):
         lines.append(f"MoRA {verdict} {description} ({count} {mean}).")
     if seeds == 1:
         lines.append("One seed: an illustration, not evidence.")
+    left_out = next(iter(report["methods"].values())).get("without_positive")
+    if left_out:
+        each = ", ".join(map(str, left_out))
+        lines.append(f"Macro-F1 leaves out the findings without a positive in the test split "
+                     f"({each} by seed).")
     if report["synthetic_notes"]:
         lines.append(
             "The notes are synthetic notes, made from the labels: this says nothing about real reports."

@@ -4,7 +4,8 @@
 
 Every layer starts at a small rank and grows where Fisher information says that another rank would
 be worth it. Plain LoRA is this file without `grow`. The method ends with part 1: skip 2, merging
-and saving, and 3, the products behind the probe. The file needs torch alone: copy it as it stands.
+and saving, 3, the products behind the probe, and 4, what is refused. The file needs torch alone:
+copy it as it stands.
 Letters: N samples, T tokens or pixels, C capacity, r rank, d_in and d_out widths, k kernel, s
 scale, K the next waiting column of A, G_n sample n's gradient by the full weight of a layer.
 """
@@ -16,6 +17,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as AttentionOutput
@@ -47,30 +49,60 @@ class LoRALayer(nn.Module):
         shape.insert(self.axis, capacity)  # [d_in,C] or [C,c_in,k,k]
         # Kaiming; nn.init.kaiming_uniform_ would take C for the fan-in of [d_in,C].
         bound = math.sqrt(6 / self.fan_in)
-        self.A = nn.Parameter(base.weight.new_empty(shape).uniform_(-bound, bound))
-        self.B = nn.Parameter(base.weight.new_zeros(capacity, self.d_out))
-        self.register_buffer("active", base.weight.new_zeros(capacity, 1))
-        self._rank = 0
-        self.rank = rank
+        # In bfloat16 most steps of Adam would round to nothing: a half-precision base gets float32.
+        like = base.weight.new_empty(0, dtype=torch.promote_types(base.weight.dtype, torch.float32))
+        self.A = nn.Parameter(like.new_empty(shape).uniform_(-bound, bound))
+        self.B = nn.Parameter(like.new_zeros(capacity, self.d_out))
+        self.register_buffer("active", like.new_zeros(capacity, 1))
+        self.weight_was_read = False
+        self._seen = None
+        self.open(rank)
 
     @property
     def rank(self):
-        """How many rows are open. An int beside the buffer: reading it never waits for a GPU."""
+        """How many rows are open, an int. `active` is the truth and travels with the weights; it is
+        read from the device only after it changed."""
+        self.look()
+        if self._rank is None:
+            self._rank = int(self.active.count_nonzero())
+            if not self.active[: self._rank].all():
+                raise ValueError(f"the open rows {self.active.flatten().tolist()} are not the first ones")
         return self._rank
 
     @rank.setter
     def rank(self, rank):
-        if not self._rank <= rank <= self.capacity:
-            raise ValueError(f"rank {self._rank} can be raised up to the capacity {self.capacity}, not set to {rank}")
-        self.active[:rank] = 1
+        if not self.rank <= rank <= self.capacity:
+            raise ValueError(f"rank {self.rank} can be raised up to the capacity {self.capacity}, not set to {rank}")
+        self.open(rank)
+
+    def open(self, rank):
+        """Open the first rows, and no others."""
+        self.active.zero_()[:rank] = 1
+        self.look()
         self._rank = int(rank)
 
-    def _load_from_state_dict(self, *args, **kwargs):  # the rank travels as `active`
-        super()._load_from_state_dict(*args, **kwargs)
-        self._rank = int(self.active.sum())
+    def look(self):
+        """Make `mask` again where `active` was written: an average of models leaves fractions in
+        it, and a row that any of them opened is open."""
+        if self._seen != (id(self.active), self.active._version):
+            self._seen = (id(self.active), self.active._version)
+            self._rank = None
+            self.mask = (self.active > 0).to(self.active.dtype)
 
-    # Merged, for code that reads `layer.weight`, as nn.TransformerEncoderLayer does in inference.
-    weight = property(lambda self: self.base.weight + self.delta())
+    def open_B(self, dtype):
+        """active * B, [C,d_out]: the waiting rows are zero and get no gradient."""
+        if torch.compiler.is_compiling():  # versions cannot be read there
+            return ((self.active > 0) * self.B).to(dtype)
+        self.look()
+        return (self.mask * self.B).to(dtype)
+
+    @property
+    def weight(self):
+        """Merged, for code that reads `layer.weight`, as nn.TransformerEncoderLayer in
+        inference."""
+        self.weight_was_read = True
+        return (self.base.weight + self.delta()).to(self.base.weight.dtype)
+
     bias = property(lambda self: self.base.bias)
 
     def extra_repr(self):
@@ -87,14 +119,14 @@ class LoRALinear(LoRALayer):
 
     def forward(self, x):
         y = self.base(x)
-        h = x @ self.A  # [...,C]
+        h = x @ self.A.to(x.dtype)  # [...,C]
         rows = y.reshape(-1, self.d_out)  # addmm adds them, without a pass over y of its own
         h = h.reshape(-1, h.shape[-1])
-        return torch.addmm(rows, h, self.active * self.B, alpha=self.scale).view_as(y)
+        return torch.addmm(rows, h, self.open_B(h.dtype), alpha=self.scale).view_as(y)
 
     def delta(self):
         """The change of the base's weight, [d_out,d_in]."""
-        return self.scale * (self.A @ (self.active * self.B)).T
+        return self.scale * (self.A @ self.open_B(self.A.dtype)).T
 
 
 class LoRAConv2d(LoRALayer):
@@ -107,9 +139,11 @@ class LoRAConv2d(LoRALayer):
     axis = 0
 
     def forward(self, x):
+        if x.dim() == 3:  # an image without a batch, which the plain layer takes as well
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         y = self.base(x)
-        h = self.down(x, self.A).flatten(2)  # [N,C,H'W']
-        up = (self.active * self.B).T.expand(x.shape[0], -1, -1)  # [N,c_out,C], the 1x1 convolution
+        h = self.down(x, self.A.to(x.dtype)).flatten(2)  # [N,C,H'W']
+        up = self.open_B(h.dtype).T.expand(x.shape[0], -1, -1)  # [N,c_out,C], the 1x1 convolution
         return torch.baddbmm(y.flatten(2), up, h, alpha=self.scale).view_as(y)
 
     def down(self, x, A):
@@ -118,21 +152,7 @@ class LoRAConv2d(LoRALayer):
 
     def delta(self):
         """The change of the base's weight, [c_out,c_in,k,k]."""
-        return self.scale * torch.einsum("ro,rcij->ocij", self.active * self.B, self.A)
-
-
-def refusal(layer, rank, capacity, kinds=KINDS):
-    """Why a layer cannot be adapted so, or ''."""
-    kind = type(layer).__name__
-    if isinstance(layer, AttentionOutput):
-        return f"{kind}: nn.MultiheadAttention reads its weight without calling it, so its Fisher is out of reach"
-    if not isinstance(layer, kinds):
-        return f"{kind} is not supported, only {' and '.join(k.__name__ for k in kinds)}"
-    if getattr(layer, "groups", 1) > 1 or getattr(layer, "padding_mode", "zeros") != "zeros":
-        return f"{kind} with groups={layer.groups} and padding_mode='{layer.padding_mode}': only 1 and 'zeros' will do"
-    if not 0 <= rank <= capacity or capacity < 1:
-        return f"rank {rank} with capacity {capacity}: rank must be 0 to capacity, capacity at least 1"
-    return ""
+        return self.scale * torch.einsum("ro,rcij->ocij", self.open_B(self.A.dtype), self.A)
 
 
 def inject(model, targets=None, rank=1, capacity=8, scale=2.0):
@@ -143,10 +163,15 @@ def inject(model, targets=None, rank=1, capacity=8, scale=2.0):
     is every Linear and Conv2d, without the out_proj of nn.MultiheadAttention. A layer that stands
     under several names matches by any of them, becomes one adapter under all of them, and is
     returned by its first. A is drawn from torch's global generator, in the order of the names.
-    ValueError, before anything is changed: the model has adapters; targets are no expression, or
-    match nothing or a layer with weights that cannot be adapted; rank above capacity."""
+    ValueError, before anything is changed: the model has adapters, ours or PEFT's; targets are no
+    expression, or match nothing or a layer with weights that cannot be adapted (see `refusal`);
+    rank above capacity."""
     if adapters(model):
         raise ValueError(f"the model has adapters already ({next(iter(adapters(model)))}, ...): merge it first")
+    if foreign := [name for name, layer in model.named_modules() if hasattr(layer, "lora_A")]:
+        raise ValueError(f"layer '{foreign[0]}' has an adapter of another library: merge or unload it first")
+    if any(nn.parameter.is_lazy(p) for p in model.parameters()):
+        raise ValueError("the model has parameters that are not initialized yet: run a batch first")
     try:
         re.compile(targets or "")
     except re.error as error:
@@ -217,32 +242,34 @@ def fisher_loop(model, losses):
 
     losses [N], each sample's own, with the graph, which is kept; no `.grad` is touched, so
     `losses.mean().backward()` can follow. expected is estimated by the mean over all waiting
-    columns, which is unbiased. At capacity candidate and expected are 0 and the ratio is 1.
-    ValueError: losses that are not [N] or have no graph."""
+    columns, which is unbiased. At capacity candidate and expected are 0 and the ratio is 1. Of
+    several processes each gives its part. ValueError: losses that are not [N] or have no graph."""
     if losses.dim() != 1 or not len(losses) or not losses.requires_grad:
         raise ValueError(f"losses {list(losses.shape)} must be one loss per sample, [N], with its graph")
     layers = adapters(model)
     parameters = [p for layer in layers.values() for p in (layer.A, layer.B)]
+    ranks = [layer.rank for layer in layers.values()]
     sums = {name: [0.0, 0.0, 0.0] for name in layers}  # current, candidate, expected
     for layer in layers.values():
         # Open the waiting rows for the backward only. B is zero there, so active * B is what it was,
         # and their gradient is what the first step after growth would see.
-        layer.active.data.fill_(1)  # `.data`, for autograd guards its inputs
+        layer.mask.data.fill_(1)  # `.data`, for autograd guards its inputs
     try:
         for loss in losses:
             grads = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-            for layer, total, A, B in zip(layers.values(), sums.values(), grads[::2], grads[1::2]):
-                r = layer.rank
+            for r, total, A, B in zip(ranks, sums.values(), grads[::2], grads[1::2]):
                 rows = B.square().sum(1)  # [C]
                 total[0] += float(A.square().sum() + rows[:r].sum())  # 0 in waiting columns of A
-                if r < layer.capacity:
+                if r < len(rows):
                     total[1] += float(rows[r])
                     total[2] += float(rows[r:].mean())
     finally:
-        for layer in layers.values():
-            layer.active.data[layer.rank:] = 0
-    means = {name: [total / len(losses) for total in sums[name]] for name in layers}
-    return {name: Score(*mean, ratio(*mean[:2])) for name, mean in means.items()}
+        for r, layer in zip(ranks, layers.values()):
+            layer.mask.data[r:] = 0
+    check_opened(layers, ranks, sums)
+    means = torch.tensor(list(sums.values()), dtype=torch.float64, device=losses.device) / len(losses)
+    rows = over_processes(means).tolist()
+    return {name: Score(*mean, ratio(*mean[:2])) for name, mean in zip(layers, rows)}
 
 
 class FisherProbe:
@@ -256,44 +283,67 @@ class FisherProbe:
 
     Hooks keep each layer's input x and the gradient g of its output; the per-sample gradients of A
     and B are small products of the two. A layer that is called more than once in the forward gets
-    the sum over its calls, as in the ordinary gradient. One forward and one backward per probe: the
-    samples of a second batch would be taken for further calls on the first. Inputs and gradients
-    are held until the probe is dropped. With expected=False `Score.expected` is nan, and the probe
-    cheaper. A loss scaled by S (GradScaler) scales all but the ratio by S^2."""
+    the sum over its calls, as in the ordinary gradient. Inputs and gradients are held until the
+    probe is dropped. With expected=False `Score.expected` is nan, and the probe cheaper. A loss
+    scaled by S (GradScaler) scales all but the ratio by S^2. Of several processes each gives its
+    part of the batch, and `scores` is their mean, equal in all.
 
-    def __init__(self, model, expected=True):
+    samples: how many the loss is the mean of, where a batch is a part of them: a probe for each
+    part, then `add_scores`. dim: which dimension of inputs counts samples, 1 in sequence-first
+    models. reduction: "sum" for a loss that is one. ValueError, RuntimeError: what would be wrong
+    in silence, with what to do (see `check_runs`, `watched`, `check_reads`)."""
+
+    def __init__(self, model, expected=True, samples=None, dim=0, reduction="mean"):
+        check_probe(model, reduction)
+        self.model = model
         self.layers = adapters(model)
         self.expected = expected
+        self.samples = samples
+        self.dim = dim
+        self.reduction = reduction
 
     def __enter__(self):
-        self.samples = None
         self.calls = {name: [] for name in self.layers}  # {name: [(x, g), ...]}
+        self.runs = 0  # forwards of the model
+        self.count = None  # samples in the inputs of its layers
+        self.backward = False  # whether one has begun
         # Prepended: another forward hook may replace the output, and g has to be that of our own.
         self.handles = [layer.register_forward_hook(partial(self._watch, name), prepend=True)
                         for name, layer in self.layers.items()]
+        self.handles.append(self.model.register_forward_pre_hook(self._run, with_kwargs=True))
         return self
 
     def __exit__(self, *error):
         for handle in self.handles:
             handle.remove()
 
+    def _run(self, model, args, kwargs):
+        if torch.is_grad_enabled() and not in_backward():  # else: an evaluation, or a recomputation
+            self.runs += 1
+            self.sizes = sizes_of([args, kwargs], self.dim)
+            check_runs(self)
+
     def _watch(self, name, layer, inputs, y):
-        x = inputs[0].detach()
         if y.requires_grad:  # else: an evaluation, or the first pass of a checkpointed block
-            self.samples = sample_count(name, layer, x, self.samples)
-            y.register_hook(lambda g: self.calls[name].append((x, g.detach())))
+            x = watched(self, name, layer, inputs[0].detach())
+            y.register_hook(partial(self._keep, name, x))
+
+    def _keep(self, name, x, g):
+        self.backward = True
+        self.calls[name].append((x, g.detach().movedim(self.dim, 0)))
 
     @torch.no_grad()
     def scores(self):
         """{name: Score}; one transfer from the device. RuntimeError: no backward in the probe."""
         used = [name for name, calls in self.calls.items() if calls]
-        if not used:
-            raise RuntimeError("the probe saw no backward: run forward and backward inside `with FisherProbe(model):`")
+        check_reads(self, used)
         with torch.autocast(self.layers[used[0]].A.device.type, enabled=False):
             sums = [fisher(self.layers[name], self.calls[name], self.expected) for name in used]
-        # The loss is a mean, so sample n's own gradient is N g_n: 1/N sum |N g_n|^2 = N sum |g_n|^2.
+        # Of a mean loss, sample n's own gradient is N g_n: 1/N sum |N g_n|^2 = N sum |g_n|^2.
+        N = self.samples or self.count
+        parts = over_processes(torch.stack(sums) * (N if self.reduction == "mean" else 1 / N))
         means = {name: [0.0, 0.0, 0.0 if self.expected else math.nan] for name in self.layers}
-        means.update(zip(used, (self.samples * torch.stack(sums)).tolist()))
+        means.update(zip(used, parts.tolist()))
         return {name: Score(*mean, ratio(*mean[:2])) for name, mean in means.items()}
 
 
@@ -372,13 +422,18 @@ def merge(model):
     free of adapters.
 
     The sum is made in float64 on the CPU: no TF32, no autocast. A weight that was tied to another
-    is untied."""
-    layers = adapters(model).values()
-    for layer in layers:
+    is untied. All sums are made before the first is written. ValueError, before that: a base that
+    is not plain any more, as `refusal` says."""
+    layers = adapters(model)
+    weights = {}
+    for name, layer in layers.items():
+        if problem := refusal(layer.base, layer.rank, layer.capacity):
+            raise ValueError(f"layer '{name}': {problem}")
         exact = copy.deepcopy(layer).cpu().double()
-        weight = exact.weight.to(layer.base.weight)
+        weights[layer] = exact.weight.to(layer.base.weight)
+    for layer, weight in weights.items():
         layer.base.weight = nn.Parameter(weight, requires_grad=False)
-    replace(model, {layer: layer.base for layer in layers})
+    replace(model, {layer: layer.base for layer in weights})
     return model
 
 
@@ -420,11 +475,8 @@ def load_adapter(model, state):
         r = len(new["B"])
         layer.A.narrow(layer.axis, 0, r).copy_(new["A"])
         layer.B.zero_()[:r].copy_(new["B"])
-        # A rank can only be raised: close all rows, then open the state's.
-        layer.active.zero_()
         layer.scale = float(new["scale"])
-        layer._rank = 0
-        layer.rank = r
+        layer.open(r)
 
 
 def check_fit(name, layer, state):
@@ -448,16 +500,22 @@ def check_fit(name, layer, state):
 # ==== 3. THE PRODUCTS BEHIND THE PROBE ============================================================
 
 
-def sample_count(name, layer, x, samples):
-    """How many samples the input x of a layer has. ValueError unless that is `samples`, the number
-    in the layers before, if there were any."""
-    if x.dim() < layer.base.weight.dim():
-        raise ValueError(f"layer '{name}': input {list(x.shape)} has no dimension for the samples")
-    if samples and len(x) != samples:
-        raise ValueError(f"layer '{name}': input {list(x.shape)} has not the {samples} samples of "
-                         "the other layers as its first dimension; leave the layer out by "
-                         "`targets`")
-    return len(x)
+def add_scores(*parts):
+    """The scores {name: Score} of a whole batch from those of its micro-batches, each probed with
+    `samples` of the whole: Fisher information is a mean over samples, so its parts add up."""
+    result = {}
+    for name in parts[0]:
+        sums = [sum(part[name][i] for part in parts) for i in range(3)]
+        result[name] = Score(*sums, ratio(*sums[:2]))
+    return result
+
+
+def over_processes(values):
+    """The mean of a tensor over the processes of torch.distributed, where there are any."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
 
 
 def fisher(layer, calls, expected):
@@ -470,7 +528,7 @@ def fisher(layer, calls, expected):
     dtype = torch.promote_types(layer.A.dtype, torch.float32)
     # A's open columns and K; B's open rows, or at rank 0 a waiting one, which counts as zeros.
     A = layer.A.narrow(layer.axis, 0, min(r + 1, layer.capacity)).to(dtype)
-    B = (layer.active * layer.B)[:max(r, 1)].to(dtype)
+    B = layer.open_B(dtype)[:max(r, 1)]
     calls = [(x.to(dtype), g.to(dtype)) for x, g in calls]
     parts = zip(*(factors(layer, x, g, A, B) for x, g in calls))
     h, g, x, u = (join(part) for part in parts)
@@ -594,3 +652,112 @@ def shifts(base, axis, outputs):
 def dot(a, b):
     """sum of a * b, without the product in memory."""
     return a.flatten().dot(b.flatten())
+
+
+# ==== 4. WHAT IS REFUSED, BECAUSE IT WOULD BE WRONG IN SILENCE ====================================
+
+TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def refusal(layer, rank, capacity, kinds=KINDS):
+    """Why a layer cannot be adapted so, or ''. Its weight and its forward have to be the plain
+    ones: a merged weight would not do what the adapter did."""
+    kind = type(layer).__name__
+    weight = getattr(layer, "_parameters", {}).get("weight")
+    if isinstance(layer, AttentionOutput):
+        return f"{kind}: nn.MultiheadAttention reads its weight without calling it, so its Fisher is out of reach"
+    if not isinstance(layer, kinds):
+        return f"{kind} is not supported, only {' and '.join(k.__name__ for k in kinds)}"
+    if type(layer) not in kinds or "forward" in vars(layer):
+        return f"{kind} is a subclass or parametrized: its weight or forward is not the plain one"
+    if type(weight) is not nn.Parameter:
+        return f"{kind}: its weight is computed (weight_norm, spectral_norm, pruning) or quantized"
+    if weight.dtype not in TRAINABLE:
+        return f"{kind}: a weight of {weight.dtype} cannot train, only {TRAINABLE}"
+    if layer._forward_pre_hooks or layer._forward_hooks:
+        return f"{kind} has forward hooks, which would miss the adapter: register them after inject"
+    if getattr(layer, "groups", 1) > 1 or getattr(layer, "padding_mode", "zeros") != "zeros":
+        return f"{kind} with groups={layer.groups} and padding_mode='{layer.padding_mode}': only 1 and 'zeros' will do"
+    if not 0 <= rank <= capacity or capacity < 1:
+        return f"rank {rank} with capacity {capacity}: rank must be 0 to capacity, capacity at least 1"
+    return ""
+
+
+def check_probe(model, reduction):
+    """RuntimeError for a compiled model, ValueError for another reduction than mean and sum."""
+    if hasattr(model, "_orig_mod"):
+        raise RuntimeError("a compiled model skips the probe's hooks: probe and call the model itself")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction '{reduction}' is not known; use mean or sum")
+
+
+def check_runs(probe):
+    """RuntimeError where a probe sees a second batch. Several runs of the model on the same samples
+    are allowed where the caller says how many samples there are."""
+    if probe.backward or (probe.runs > 1 and probe.samples is None):
+        raise RuntimeError("a second batch in one probe: use a probe for each and add_scores; or, "
+                           "where all runs are of the same N samples, FisherProbe(model, samples=N)")
+
+
+def watched(probe, name, layer, x):
+    """The input x of a layer with its samples as the first dimension. ValueError unless these are
+    as many as in the layers before and in an input of the model; RuntimeError where hooks cannot
+    see every call."""
+    dim = probe.dim
+    shape = list(x.shape)
+    advice = f"leave the layer out by `targets`, or say which dimension counts samples (dim={1 - dim})"
+    if torch.compiler.is_compiling():
+        raise RuntimeError("a compiled model skips the probe's hooks: in the probe, call the model itself")
+    if probe.backward and not in_backward():
+        raise RuntimeError(f"layer '{name}' is called after a backward: use a probe for each batch")
+    if x.dim() < max(layer.base.weight.dim(), dim + 2):
+        raise ValueError(f"layer '{name}': input {shape} has no dimension for the samples")
+    count = shape[dim]
+    if probe.count and count != probe.count:
+        raise ValueError(f"layer '{name}': input {shape} has not the {probe.count} samples of the "
+                         f"other layers as its dimension {dim}; {advice}")
+    if probe.runs and probe.sizes and count not in probe.sizes:
+        raise ValueError(f"layer '{name}': input {shape} has {count} rows at dimension {dim}, as no "
+                         f"input of the model has (tokens flattened into the batch?); {advice}")
+    if probe.samples and (count > probe.samples or (probe.runs > 1 and count < probe.samples)):
+        raise ValueError(f"layer '{name}': input {shape} has {count} samples, and the loss is said to "
+                         f"be of {probe.samples}; {advice}")
+    probe.count = count
+    return x.movedim(dim, 0)
+
+
+def check_reads(probe, used):
+    """RuntimeError where a probe has missed something: no backward, or a layer whose weight was
+    read by other code while nobody called it, so that its information would come out as 0."""
+    if not used:
+        raise RuntimeError("the probe saw no backward: run forward and backward inside `with FisherProbe(model):`, "
+                           "and not of a compiled model")
+    for name, layer in probe.layers.items():
+        if layer.weight_was_read and name not in used:
+            raise RuntimeError(f"layer '{name}' was not called, but its weight was read (a fused "
+                               "projection, an attention that computes with it): leave it out by "
+                               "`targets`")
+
+
+def check_opened(layers, ranks, sums):
+    """RuntimeError where no waiting row of a layer got a gradient, though its open rows did."""
+    for (name, layer), r, (current, candidate, expected) in zip(layers.items(), ranks, sums.values()):
+        if r < layer.capacity and current and not candidate and not expected:
+            raise RuntimeError(f"layer '{name}': its waiting rows got no gradient: losses of a compiled "
+                               "model, which has masks of its own? Compute them with the model itself")
+
+
+def in_backward():
+    """Whether autograd is running a backward: a forward is then the second pass of a checkpoint."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def sizes_of(value, dim):
+    """The sizes at dimension `dim` of all tensors in nested lists, tuples and dicts: a set."""
+    if isinstance(value, torch.Tensor):
+        return {value.shape[dim]} if value.dim() > dim else set()
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return set()
+    return set().union(*(sizes_of(item, dim) for item in value))

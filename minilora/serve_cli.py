@@ -16,6 +16,8 @@ import io
 import os
 import re
 import sys
+import unicodedata
+from collections import Counter
 from itertools import compress
 from pathlib import Path
 
@@ -125,16 +127,56 @@ def exported_folder(argv):
 
 def add_columns(p, folder):
     """An argument for each numeric column of a folder; returns {flag: (modality, column)}."""
-    columns = {}
+    columns = []
     for name, spec in own_manifest(folder).get("numeric", {}).items():
-        for column in spec["columns"]:
-            flag = re.sub(r"\W+", "-", column.strip())
-            if f"--{flag}" in p._option_string_actions:
-                flag = f"{name}-{flag}"
-            columns[flag] = (name, column)
-            about = f"{name}: {column}".replace("%", "%%")
-            p.add_argument(f"--{flag}", type=float, dest=f"column {flag}", help=about)
-    return columns
+        columns += [(name, column) for column in spec["columns"]]
+    flags = column_flags(columns, p._option_string_actions)
+    for flag, (name, column) in flags.items():
+        about = f"{name}: {column}".replace("%", "%%")
+        p.add_argument(f"--{flag}", type=float, dest=f"column {flag}", help=about)
+    return flags
+
+
+def column_flags(columns, taken):
+    """{flag: (modality, column)} of (modality, column) pairs, in their order, a flag for each;
+    taken: the command's own, with their dashes.
+
+    A flag is the name of the column, with - for whatever is no letter, digit or _. Where two names
+    would share it, or nothing is left, signs are written out: `WBC %` is WBC-percent-sign beside
+    `WBC #`. Where the flag is taken the modality stands before it, and at need a number behind."""
+    taken = {"--", *taken}
+    flags = {}  # {(modality, column): flag}
+    for pair in columns:
+        flag = pair[1]  # names that are flags as they stand come first: no other may take them
+        if flag == fold(flag) and flag.strip("-") and f"--{flag}" not in taken:
+            flags[pair] = flag
+            taken.add(f"--{flag}")
+    sharing = Counter(fold(column) for column in {column for _, column in columns})
+    for name, column in columns:
+        if (name, column) in flags:
+            continue
+        plain = fold(column)
+        if not plain.strip("-") or (plain != column and sharing[plain] > 1):
+            plain = fold(re.sub(r"[^\w\s]", sign_name, column))
+        flag = plain
+        number = 1
+        while f"--{flag}" in taken:
+            flag = f"{name}-{plain}" if number == 1 else f"{name}-{plain}-{number}"
+            number += 1
+        flags[name, column] = flag
+        taken.add(f"--{flag}")
+    return {flags[pair]: pair for pair in columns}
+
+
+def fold(column):
+    """The name of a column with - for whatever is no letter, digit or _."""
+    return re.sub(r"\W+", "-", column.strip())
+
+
+def sign_name(match):
+    """' percent sign ' of a match of %: the sign's name in Unicode."""
+    sign = match[0]
+    return f" {unicodedata.name(sign, f'u{ord(sign):x}').lower()} "
 
 
 # ------------------------------------------------------------------------------------- one sample
@@ -291,8 +333,12 @@ def numeric_part(request):
 
 def scores(labels, probabilities):
     """Each score of probabilities [n,C] against labels, in words."""
-    results = metrics.scores(labels, probabilities).items()
-    return [f"{name.replace('_', '-')} {value:.3f}" for name, value in results]
+    results = metrics.scores(labels, probabilities)
+    without = results.pop("without_positive", 0)
+    words = [f"{name.replace('_', '-')} {value:.3f}" for name, value in results.items()]
+    if without:
+        words.append(f"{without} findings without a positive, left out of macro-F1")
+    return words
 
 
 def fill_file(diagnoser, args, study, rows, request, probabilities):

@@ -40,7 +40,7 @@ class FromCsv:
     """Turn a spreadsheet, one row a study, and the pictures it names into a study file."""
 
     csv: Path  # The spreadsheet: comma, semicolon or tab; its first line names the columns.
-    images: Path | None = None  # Folder of the pictures that the image column names; default: the spreadsheet's own.
+    images: Path | None = None  # Folder of the pictures that the image column names, all inside it; default: the spreadsheet's own.
     out: Path | None = None  # Study file to write; default: the spreadsheet's name with .npz.
     size: int = 64  # Height and width of the stored images, pixels.
     fit: Literal["squeeze", "crop", "pad"] = "squeeze"  # What makes a picture square; serving does the same.
@@ -203,6 +203,20 @@ def find_picture(folder, cell):
     return None
 
 
+def outside(root, cell, path):
+    """Where a cell leads, if that is outside of the picture folder, else None; by an absolute path,
+    .., a drive or, where it names the file `path`, a link. root: the folder, its links followed."""
+    if os.name != "nt" and re.match("[A-Za-z]:", cell):
+        return cell
+    # A table may come from Windows; and no file has a zero byte in its name.
+    named = root / cell.replace("\\", "/").replace("\0", "")
+    for place in (named, path or named):
+        place = Path(os.path.realpath(place))
+        if not place.is_relative_to(root):
+            return place
+    return None
+
+
 def read_square(path, size, fit, rgb):
     """(uint8 [size,size] or [size,size,3], stored (height, width)) of one picture file. `Refused`
     if it is not readable, or shows nothing."""
@@ -308,13 +322,12 @@ def from_rows(rows, folder, columns, size, fit, rgb, mask_words, name):
 
     columns: {'image'|'note'|'patient': column or '', 'labels': names, 'numeric': {modality: column
     names}}. Cells that say nothing and pictures that are not there or not readable are missing;
-    rows with nothing at all are left out. `Refused` if no picture is readable or a label is not
-    one."""
+    rows with nothing at all are left out. `Refused` if no picture is readable, one lies outside of
+    the folder, or a label is not one."""
     report = []
     images = notes = patients = None
     if columns["image"]:
-        cells = [_cell(row, columns["image"]) for row in rows]
-        images, lines = _read_images(cells, folder, size, fit, rgb)
+        images, lines = _read_images(rows, columns["image"], folder, size, fit, rgb)
         report += lines
     if columns["note"]:
         notes = np.array([_cell(row, columns["note"]) for row in rows])
@@ -360,10 +373,21 @@ def _cell(row, column):
     return "" if cell.lower() in MISSING else cell
 
 
-def _read_images(cells, folder, size, fit, rgb):
+def _read_images(rows, column, folder, size, fit, rgb):
     """(uint8 [N,size,size] or [N,size,size,3], black where there is none, report lines) of the
-    pictures that N cells name. `Refused` if none of them is readable."""
-    files = {cell: find_picture(folder, cell) for cell in dict.fromkeys(cells) if cell}
+    pictures that a column of N rows names. `Refused` if none of them is readable, or one lies
+    outside of the folder."""
+    cells = [_cell(row, column) for row in rows]
+    files = {}  # {cell: its file or None}
+    root = Path(os.path.realpath(folder))
+    for row, cell in zip(rows, cells):
+        if cell and cell not in files:
+            files[cell] = find_picture(folder, cell)
+            place = outside(root, cell, files[cell])
+            if place:
+                raise Refused(f"image column '{column}' is '{cell}' in line {row['']}: {place} is "
+                              f"outside of the picture folder {folder}; put the picture into it, "
+                              "or give --images a folder that holds all of them")
     absent = [cell for cell, path in files.items() if not path]
     paths = [*dict.fromkeys(filter(None, files.values()))]
     pictures, shapes, faults = read_pictures(paths, size, fit, rgb)

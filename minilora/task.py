@@ -7,20 +7,54 @@ Letters: N samples, M modalities, C classes, F numeric columns.
 """
 
 import itertools
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from minilora import data, diffusion
+from minilora import checkpoint, data, diffusion, metrics
 from minilora.data import Refused
-from minilora.models import count, load_selora
-from minilora.mora import METHODS, attach
+from minilora.models import base_file, check_base, check_entries, count, image_digests
+from minilora.models import kept_weights, load_selora, ranks_in, without_head
+from minilora.mora import METHODS, attach, gates
 from minilora.phantoms import phantoms
 from minilora.vit import ViT
 from minilora.words import tokenize, word_id, words_of
 
 # ---- settings with a syntax of their own
+
+
+def check(cfg):
+    """Refuse what cannot be run, before data is read; returns ({method or '': lr}, (kept method,
+    seed))."""
+    for method in cfg.methods:
+        if method not in METHODS:
+            raise Refused(f"method '{method}' is not known; use {', '.join(METHODS)}")
+    if not cfg.methods or len(set(cfg.methods)) < len(cfg.methods):
+        names = " ".join(cfg.methods)
+        raise Refused(f"--methods '{names}' must name at least one method, none twice")
+    if cfg.head not in ("trained", "locked"):
+        raise Refused(f"--head '{cfg.head}' is not known; use trained or locked")
+    if cfg.head == "locked" and cfg.methods[0] != "head":
+        raise Refused(
+            "--head locked takes the head that method 'head' trained: name it first, before "
+            f"{cfg.methods[0]}"
+        )
+    run, _, number = cfg.augment.rpartition(":")
+    if cfg.augment and not (run and number.isdecimal() and int(number)):
+        raise Refused(
+            f"--augment '{cfg.augment}' must be SELORA_RUN:COUNT with a count of at least 1"
+        )
+    if cfg.positions == 1:
+        raise Refused("--positions is 1; must be 0 or at least 2")
+    try:
+        ViT(("image",), image_size=cfg.image_size, patch=cfg.patch, width=cfg.width, depth=1,
+            heads=cfg.heads, absent=cfg.absent)
+    except ValueError as error:  # sizes that do not fit together
+        raise Refused(str(error)) from None
+    return dict(map(parse_rate, cfg.lr)), kept_job(cfg)
 
 
 def parse_rate(text):
@@ -75,16 +109,49 @@ def read_source(cfg, target):
     return _source_file(cfg, target) if cfg.source else _source_phantoms(cfg, target)
 
 
+def check_apart(cfg, source, target, secret):
+    """`Refused` if the base's study shares samples with the one to adapt to, in whatever file and
+    order; `secret`: what the base would see.
+
+    Samples are known by their pixels. Words and numbers coincide by chance: where one study has no
+    image, it is refused only if one lies whole in the other."""
+    if not cfg.source and not cfg.data:
+        return  # phantoms of two domains
+    images = image_digests(source)
+    targets = image_digests(target)
+    shared = int(np.isin(images, targets).sum())
+    if not len(images) or not len(targets):
+        ours = _facts(source, target)
+        theirs = _facts(target, source)
+        if ours and (ours <= theirs or theirs <= ours):
+            shared = min(len(source), len(target))
+    if shared:
+        raise Refused(
+            f"--source {cfg.source or source.name}: {shared} of its {len(source)} samples are in "
+            f"--data {cfg.data or target.name}: the base would see the {secret}"
+        )
+
+
+def _facts(study, other):
+    """A Counter of what the samples say in words and numbers that the other study has too."""
+    columns = [study.numeric[m] for m in sorted({*study.numeric} & {*other.numeric})]
+    columns = [[row.tobytes() for row in values] for values in columns]
+    if not any(s.notes is None or s.synthetic_notes for s in (study, other)):
+        columns.append(study.notes.tolist())
+    return Counter(zip(*columns))
+
+
+def _whole(cfg, target):
+    """The target with the modalities that were not asked for, too."""
+    return read_target(replace(cfg, modalities=())) if cfg.modalities else target
+
+
 def _source_file(cfg, target):
     """The complete, labelled samples of --source; each label is an attribute."""
-    if cfg.data and data.sha256(cfg.source) == data.sha256(cfg.data):
-        raise Refused(
-            f"--source {cfg.source} is the --data file: the base would see the test labels"
-        )
-    source = data.load_study(cfg.source)
-    if cfg.synthetic_notes and source.notes is None:
-        source = data.attach_notes(source)
-    source = source.select([m for m in target.modalities if m in source.modalities])
+    whole = data.load_study(cfg.source)
+    if cfg.synthetic_notes and whole.notes is None:
+        whole = data.attach_notes(whole)
+    source = whole.select([m for m in target.modalities if m in whole.modalities])
     wanted = ", ".join(target.modalities)
     if set(source.modalities) != set(target.modalities):
         modalities = ", ".join(source.modalities) or "none"
@@ -92,9 +159,11 @@ def _source_file(cfg, target):
             f"{cfg.source} has {modalities} of the target's modalities {wanted}; needs all"
         )
     source.numeric = {m: source.numeric[m] for m in target.numeric}  # in the target's order
-    source = source.take(source.labelled & source.have().all(1))
-    if not len(source):
+    rows = source.labelled & source.have().all(1)
+    if not rows.any():
         raise Refused(f"{cfg.source}: no labelled sample has all of {wanted}")
+    source = source.take(rows)
+    check_apart(cfg, whole.take(rows), _whole(cfg, target), "test labels")
     labels = np.atleast_2d(source.labels.T)  # [1 or C,N]
     source.attributes = {f"label {i}": c for i, c in enumerate(labels) if c.max() > 0}
     return source
@@ -103,6 +172,7 @@ def _source_file(cfg, target):
 def _source_phantoms(cfg, target):
     """Phantoms of the source domain; their numbers take the names of the target's modalities."""
     source = phantoms(cfg.phantoms, 1, "source", cfg.image_size)
+    check_apart(cfg, source, target, "test labels")
     spare = itertools.cycle(source.numeric)
     groups = {m: m if m in source.numeric else next(spare) for m in target.numeric}
     source.numeric = {m: source.numeric[group] for m, group in groups.items()}
@@ -247,6 +317,39 @@ def load_task(study, draw, missing, vit_config, device):
     }
 
 
+def finished_job(cfg, ctx, method, seed, path, name):
+    """The content of a finished job's file, `ctx` as in train_mora.py; `Refused` if it does not
+    hold what that job would write."""
+    content = checkpoint.load(path, "mora adapter", name)
+    check_base(path, content, ctx.base_hash)
+    with torch.device("meta"):  # names and shapes only
+        model = ViT(**ctx.vit)
+        checkpoint.check_weights(base_file(ctx.base_hash), ctx.base, without_head(model))
+        attach(model, method, cfg.rank)
+    checkpoint.check_weights(f"{path}: entry 'state'", content["state"], kept_weights(model))
+    draw = ctx.draws[seed]
+    counts = {}  # {TYPE:RATE: {pattern: number of test samples}}
+    for text in tests_of(cfg):
+        present = draw["tables"][text][draw["parts"]["test"]]
+        counts[text] = Counter(data.pattern_name(row, ctx.study.modalities) for row in present)
+    tests = {}
+    for text, scores in content["result"]["by_test"].items():
+        tests[text] = {name: pattern["n"] for name, pattern in scores["by_pattern"].items()}
+    check_entries(path, {
+        "method": (content["method"], method),
+        "seed": (content["seed"], seed),
+        "rank": (content["rank"], cfg.rank),
+        "scales": (content["scales"], listed(draw["scales"])),
+        "result.by_test": (tests, counts),
+    })
+    return content
+
+
+def listed(scales):
+    """Scales {numeric modality: (mean [F], scale [F])} as a file holds them."""
+    return {m: [s.tolist() for s in pair] for m, pair in scales.items()}
+
+
 def draw_studies(cfg, study, draw, seed, device):
     """Synthetic studies for --augment: which sample each takes words, numbers and label from, its
     image, its presence.
@@ -258,13 +361,17 @@ def draw_studies(cfg, study, draw, seed, device):
         modalities = ", ".join(study.modalities)
         raise Refused(f"--augment draws images from notes; the modalities are {modalities}")
     saved, model, vae = load_selora(run, None, seed)
-    if saved.get("study") != data.fingerprint(study.select(("image", "note"), False)):
+    checkpoint.check_form(Path(run) / "model.pt", saved, {"study": str})
+    if saved["study"] != data.fingerprint(study.select(("image", "note"), False)):
         raise Refused(
             f"--augment {run}: was trained on {saved['data']}, another study than this run's "
             f"{study.name}"
         )
     train = draw["parts"]["train"]
-    seen = data.read_npz(Path(run) / f"split-s{seed}.npz")["train"]
+    path = Path(run) / f"split-s{seed}.npz"
+    seen = data.read_npz(path).get("train")
+    if seen is None or seen.ndim != 1 or seen.dtype.kind not in "iu":
+        raise Refused(f"{path}: entry 'train' is missing or not a list of rows")
     outside = ~np.isin(seen, train)
     if outside.any():
         raise Refused(
@@ -300,6 +407,66 @@ def draw_studies(cfg, study, draw, seed, device):
     }
 
 
+# ---- jobs
+
+
+@dataclass
+class Context:
+    """What the jobs of a run share."""
+
+    study: data.Study
+    draws: dict  # {seed: what `draw_task` gives}
+    vit: dict  # the keyword arguments of the adapted `ViT`
+    base: dict  # the pretrained state
+    base_hash: str
+    device: torch.device
+    log: object  # the `Log`
+    stop: object  # the `Stopper`
+    task: tuple = ()  # (seed, its tensors): one seed's at a time
+
+    def task_of(self, cfg, seed):
+        """The tensors of a seed."""
+        if not self.task or self.task[0] != seed:
+            draw = self.draws[seed]
+            self.task = (seed, load_task(self.study, draw, cfg.missing, self.vit, self.device))
+        return self.task[1]
+
+
+@torch.no_grad()
+def predict(model, method, task, rows, present, shuffled):
+    """Probabilities [n,C] float64 of the rows under a presence table [N,M]."""
+    parts = []
+    for part in torch.from_numpy(rows).split(512):
+        batch = {name: x[part] for name, x in task["inputs"].items()}
+        gate = gates(method, present[part], shuffled[part])
+        logits = model(batch, present[part], gate).double()
+        multilabel = task["labels"].ndim == 2
+        parts.append(logits.sigmoid() if multilabel else logits.softmax(1))
+    return torch.cat(parts).cpu().numpy()
+
+
+def evaluate(cfg, ctx, model, method, task, draw):
+    """{'val': scores, 'by_test': {TYPE:RATE: scores, with accuracy by pattern}} on the held-out
+    splits."""
+    labels = ctx.study.labels
+    rows = draw["parts"]["val"]
+    p = predict(model, method, task, rows, task["present"], task["shuffled"])
+    result = {"by_test": {}, "val": metrics.scores(labels[rows], p)}
+    rows = draw["parts"]["test"]
+    for text in tests_of(cfg):
+        present = task["tables"][text]
+        p = predict(model, method, task, rows, present, present[task["order"]])
+        table = draw["tables"][text][rows]
+        names = np.array([data.pattern_name(row, ctx.study.modalities) for row in table])
+        by_pattern = {}
+        for name in np.unique(names).tolist():
+            here = names == name
+            accuracy = metrics.scores(labels[rows][here], p[here])["accuracy"]
+            by_pattern[name] = {"n": int(here.sum()), "accuracy": accuracy}
+        result["by_test"][text] = metrics.scores(labels[rows], p) | {"by_pattern": by_pattern}
+    return result
+
+
 # ---- SeLoRA's studies; `cfg` is the configuration of train_selora.py
 
 
@@ -315,10 +482,6 @@ def read_pairs(cfg, path, domain, seed):
 
 def read_studies(cfg):
     """({'source', 'target': study}, rows of the target that have their image)."""
-    if cfg.source and cfg.data and data.sha256(cfg.source) == data.sha256(cfg.data):
-        raise Refused(
-            f"--source {cfg.source} is the --data file: the base would see the held-out images"
-        )
     target = read_pairs(cfg, cfg.data, "target", 2)
     source = read_pairs(cfg, cfg.source, "source", 1)
     source = source.take(source.have()[:, 0])
@@ -326,4 +489,43 @@ def read_studies(cfg):
     if not len(source) or not len(drawable):
         path = cfg.data if len(source) else cfg.source
         raise Refused(f"{path}: every image is missing (all black)")
+    check_apart(cfg, source, target, "held-out images")
     return {"source": source, "target": target}, drawable
+
+
+def finished_rule(ctx, job, seed, path, name):
+    """The content of a finished job's file, `ctx` as in train_selora.py; `Refused` if it does not
+    hold what that job would write."""
+    content = checkpoint.load(path, "selora adapter", name)
+    check_base(path, content, ctx.base_hash)
+    final = {}
+    if job.rule not in ("unadapted", "full"):
+        final = ranks_in(path, content["state"])
+    steps = [step for step, _ in content["history"]]
+    ranks = [ranks for _, ranks in content["history"]]
+    layers = [{*each} for each in ranks]
+    results = {"heldout_loss", "val_loss"}
+    if ctx.vit:
+        results |= {"frechet", *(f"agreement_{name}" for name in ctx.judges[seed]["truths"])}
+    check_entries(path, {
+        "method": (content["method"], job.name),
+        "rule": (content["rule"], job.rule),
+        "seed": (content["seed"], seed),
+        "ranks": (content["ranks"], final),
+        "history": ((steps[:1], layers, ranks[-1:]), ([0], [{*final}] * len(layers), [final])),
+        "result": ({*content["result"]}, results),
+    })
+    return content
+
+
+@torch.no_grad()
+def latents(vae, images):
+    """Posterior means [N,L,s,s] of images [N,ch,S,S]."""
+    return torch.cat([vae.encode(part)[0] for part in images.split(256)])
+
+
+@torch.no_grad()
+def reconstruction_error(vae, z, images):
+    """Mean squared error of images [N,ch,S,S] decoded from their latents."""
+    decoded = torch.cat([vae.decode(part) for part in z.split(256)])
+    return decoded.sub(images).square().mean().item()

@@ -26,7 +26,7 @@ RUNS = [
     f"{MORA} m-locked --seeds 1 --lr 0.01 --head locked --methods head mora",
     f"{MORA} m-amp --seeds 1 --lr 0.01 --amp --methods head mora",
     f"{MORA} m-file --seeds 1 --lr 0.01 --data m-all/phantoms.npz --modalities image vitals --train-share 0.5",
-    f"{MORA} m-base --seeds 1 --lr 0.01 --source m-all/phantoms.npz --methods mora",
+    f"{MORA} m-base --seeds 1 --lr 0.01 --source m-all/phantoms.npz --methods mora --phantoms 200",
     f"stop {MORA} m-stopped --seeds 1 --lr 0.01 --methods head mora --steps 300",
     f"{SELORA} s-ratio --seeds 2 --lam 1.01 --judge m-all",
     *[f"{SELORA} s-{rule} --seeds 1 --rule {rule}" for rule in ("gain", "random", "cheapest", "neyman", "inverse-cost", "fixed")],

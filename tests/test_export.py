@@ -1,5 +1,6 @@
 """Exported graphs against torch, serving without torch, and the refusal of changed folders and bad requests."""
 
+import copy
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from conftest import ROOT, TINY
 import export
 import train_mora
 from minilora import checkpoint, data, export_mora, serve, serve_cli
-from minilora.models import build
+from minilora.models import build, load_judge, load_mora
 from minilora.phantoms import phantoms
 from minilora.data import Refused
 from minilora.mora import gates
@@ -358,3 +359,119 @@ def test_an_unlabelled_file_is_predicted_by_a_model_of_several_findings(tmp_path
     for line in (tmp_path / "p.csv").read_text().splitlines()[1:]:
         _, _, label, said, *p = line.split(",")
         assert label == "" and (said.count("|") + 1 if said else 0) == sum(float(v) >= 0.5 for v in p)
+
+
+# ---------------------------------------------------------------------------------------------- weights that fit nothing
+
+
+def entries(value, form, path=()):
+    """The path of every entry that is read of a file's content, at every level."""
+    if isinstance(form, tuple):
+        form = form[isinstance(value, form[1]) if isinstance(form[1], type) else 0]
+    if isinstance(form, dict):
+        anything = isinstance(next(iter(form)), type)
+        for name in list(value)[:: 1 + len(value) // 20]:  # of many weights some
+            each = form.get(type(name)) if anything else form.get(name, form.get(f"{name}?"))
+            if each is not None:
+                yield (*path, name)
+                yield from entries(value[name], each, (*path, name))
+    elif isinstance(form, list):
+        for i, each in enumerate(value):
+            yield (*path, i)
+            yield from entries(each, form[i % len(form)], (*path, i))
+
+
+def changes(content, form):
+    """(what was done, changed content) for every entry that is read: deleted, renamed, of another type or shape."""
+    for path in entries(content, form):
+        name = ".".join(map(str, path))
+        for odd in ("delete", "rename", None, "x", [], 7.5, torch.zeros(7, 3), torch.zeros(())):
+            changed = copy.deepcopy(content)
+            part = changed
+            for key in path[:-1]:
+                if isinstance(part[key], tuple):
+                    part[key] = list(part[key])
+                part = part[key]
+            old = part[path[-1]]
+            if odd == "delete":
+                del part[path[-1]]
+            elif odd == "rename" and isinstance(part, dict):
+                part[f"{path[-1]}x" if isinstance(path[-1], str) else 99] = part.pop(path[-1])
+            elif odd == "rename" or type(odd) is type(old) and odd != []:
+                continue  # another value of the same type can be right
+            else:
+                part[path[-1]] = odd
+            yield f"{name} {odd}", changed
+
+
+def same(a, b):
+    """Whether two results hold the same values."""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and [*a] == [*b] and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, (torch.Tensor, np.ndarray)):
+        a, b = np.asarray(a), np.asarray(b)
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    return type(a) is type(b) and (a == b or a != a and b != b)
+
+
+def only_refused(path, form, read, fewer=()):
+    """Change every entry of a file: `read()` refuses it in one line that names the file, or gives what it gave. Entries of
+    `fewer` may be missing, as in files of earlier versions. Returns how often it was refused."""
+    wanted, unpack, refused = read(), checkpoint._read, 0
+    with pytest.MonkeyPatch.context() as patch:
+        for what, changed in changes(checkpoint.load(path), form):
+            patch.setattr(checkpoint, "_read", lambda p: changed if p == path else unpack(p))  # as if the file held it
+            try:
+                result = read()
+            except Refused as error:
+                assert str(path) in str(error) and len(str(error).splitlines()) == 1, (what, error)
+                refused += 1
+            else:
+                assert what in fewer or same(result, wanted), what
+    return refused
+
+
+def exported(run, method=None, seed=None):
+    """All that an export of a MoRA run rests on: what the manifest says, the golden inputs, the weights."""
+    saved, model = load_mora(run, method, seed)
+    golden = export_mora.golden_inputs(saved["config"], [(1,) * len(model.modalities)])
+    return export_mora.described(saved, {}, "float32"), golden, model.state_dict()
+
+
+def copied(tiny, tmp_path):
+    shutil.copytree(tiny[1], tmp_path / "run", ignore=shutil.ignore_patterns("onnx", "*.png"))
+    return tmp_path / "run"
+
+
+def test_every_entry_of_a_model_and_of_an_adapter_counts(tiny, tmp_path):
+    run, form = copied(tiny, tmp_path), checkpoint.FORMS["mora"]
+    assert only_refused(run / "model.pt", form, lambda: exported(run)) > 500
+    assert only_refused(run / "adapters/lora-s0.pt", checkpoint.FORMS["mora adapter"], lambda: exported(run, "lora")) > 200
+    target = phantoms(9, 7).select(("image", "note"))
+    judge = lambda: {k: v for k, v in load_judge(run, "cpu", target, None).state_dict().items() if not k.startswith("head.")}
+    assert only_refused(run / "model.pt", {k: form[k] for k in ("config", "base", "source_images?")}, judge) > 200
+
+
+def test_an_adapter_whose_weights_are_renamed_or_of_another_base_is_refused(tiny, refused, tmp_path):
+    run = copied(tiny, tmp_path)
+    saved, file = checkpoint.load(run / "model.pt"), checkpoint.load(run / "adapters/lora-s0.pt")
+    state = {name.replace(".mora.", ".lora."): value for name, value in saved["adapter"]["state"].items()}
+    checkpoint.save(run / "model.pt", saved | {"adapter": saved["adapter"] | {"state": state}})
+    said = refused(export.main, "mora", run)
+    assert "run/model.pt: the adapter, method 'mora': weight 'blocks.0.lora.down' fits nothing; expected here: blocks.0.mora.down, blocks.0.mora.up (of" in said
+    checkpoint.save(run / "model.pt", saved)
+    checkpoint.save(run / "adapters/lora-s0.pt", file | {"state": saved["adapter"]["state"]})  # of another method
+    assert "lora-s0.pt: the adapter, method 'lora': weight 'blocks.0.mora.down' is a tensor [16, 4] of torch.float32; must be a tensor [16, 8]" in refused(
+        export.main, "mora", run, "--method", "lora")
+    checkpoint.save(run / "adapters/lora-s0.pt", file | {"base_hash": "0" * 16})
+    assert f"lora-s0.pt: an adapter for base {'0' * 16}, not for base {saved['base_hash']}" in refused(export.main, "mora", run, "--method", "lora")
+    saved["base"]["cls"][0, 0, 3] = float("nan")  # nan differs from nan by no number: parity would pass
+    checkpoint.save(run / "model.pt", saved)
+    assert "run/model.pt: entry 'base': weight 'cls' holds numbers that are not finite" in refused(export.main, "mora", run)
+    saved["base"]["cls"][0, 0, 3] = checkpoint.load(tiny[1] / "model.pt")["base"]["cls"][0, 0, 3]
+    checkpoint.save(run / "model.pt", saved)
+    del file["base_hash"]  # as in files of earlier versions
+    checkpoint.save(run / "adapters/lora-s0.pt", file)
+    assert same(exported(run, "lora"), exported(tiny[1], "lora"))

@@ -1,10 +1,14 @@
 """MoRA against a loop, its controls, what trains, and the encoder's promises about presence."""
 
+import copy
 import itertools
+import threading
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from minilora import mora as module
 from minilora.mora import METHODS, FoldedMoRA, MoRA, MoRABlock, adapter_parameters, attach, fold, gates
 from minilora.vit import ViT
 
@@ -181,6 +185,308 @@ def test_refusals_of_the_modules():
                          (lambda: ViT(width=30, heads=4), "30 is not divisible by 4 heads"),
                          (lambda: ViT(absent="none"), "'none' is not known"), (lambda: MoRA(4, 2, rank=0), "rank 0"),
                          (lambda: attach(make(2), "dora"), "'dora' is not known"),
-                         (lambda: attach(make(2), "mora").double()(batch_of(2, 1)), "which modalities are present")):
+                         (lambda: attach(make(2), "mora").double()(batch_of(2, 1)), "which modalities are present"),
+                         (lambda: MoRA(768, ("image")), r"'image': write each name once, as in \('image',\)"),
+                         (lambda: MoRA(768, ("image", "note", "image")), "'image', 'note', 'image'.*each name once")):
         with pytest.raises(ValueError, match=words):
             build()
+
+
+# ---- half precision
+
+
+class Wide(torch.nn.Module):
+    """A block that computes in its own dtype, as a frozen one does."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, dtype=dtype).requires_grad_(False)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def block_of(dtype=torch.float32, seed=0, **options):
+    torch.manual_seed(seed)
+    block = MoRABlock(Wide(dtype), MoRA(16, ("image", "note"), 2), **options)
+    torch.nn.init.normal_(block.mora.up, std=0.1)
+    return block
+
+
+@pytest.mark.parametrize("dtype,error", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3), (torch.float64, 1e-6)])
+def test_a_fresh_branch_beside_a_block_of_another_dtype(dtype, error):
+    block = block_of(dtype)
+    x, present = torch.randn(3, 5, 16, dtype=dtype), torch.tensor([[1.0, 0], [0, 1], [1, 1]])
+    assert block.mora.down.dtype == block.mora.up.dtype == torch.float32
+    branch = block.mora(x, present)
+    exact = copy.deepcopy(block.mora).double()(x.double(), present)
+    assert block(x, present=present).dtype == branch.dtype == dtype
+    assert (branch.double() - exact).abs().max() < error * exact.abs().max()
+    folded = FoldedMoRA(block.mora, present[1])
+    assert folded.up.dtype == torch.float32
+    torch.testing.assert_close(folded(x)[1], branch[1])
+    branch.square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in block.mora.parameters())
+
+
+def test_ten_steps_beside_a_bfloat16_block_move_every_weight():
+    block = block_of(torch.bfloat16)
+    before = copy.deepcopy(block.mora)
+    optimizer = torch.optim.AdamW(block.mora.parameters(), lr=1e-4, weight_decay=0)
+    for _ in range(10):
+        optimizer.zero_grad()
+        block(torch.randn(8, 5, 16, dtype=torch.bfloat16), present=torch.ones(8, 2)).float().square().mean().backward()
+        optimizer.step()
+    assert all((new != old).all() for new, old in zip(block.mora.parameters(), before.parameters()))
+
+
+def test_a_branch_that_was_cast_by_hand_works_and_a_default_dtype_does_not_reach_it():
+    block, x, present = block_of(), torch.randn(2, 5, 16), torch.ones(2, 2)
+    exact = block.mora(x, present)
+    cast = copy.deepcopy(block.mora).bfloat16()(x, present)
+    assert cast.dtype == torch.float32 and (cast - exact).abs().max() < 2e-2 * exact.abs().max()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert {p.dtype for p in MoRA(4, 2).parameters()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_float32_graph_casts_no_weights(tmp_path):
+    import onnx
+
+    x, present = torch.randn(3, 5, 16), torch.ones(3, 2)
+    for branch, inputs in ((FoldedMoRA(block_of().mora, present[0]), (x,)), (block_of().mora, (x, present))):
+        torch.onnx.export(branch, inputs, tmp_path / "branch.onnx", dynamo=False, opset_version=17)
+        nodes = onnx.load(tmp_path / "branch.onnx").graph.node
+        casts = [n for n in nodes if n.op_type == "Cast" and n.attribute[0].i == onnx.TensorProto.FLOAT]
+        assert len(casts) == len(inputs) - 1  # presence is cast, weights are not
+
+
+# ---- presence that is set
+
+
+P = torch.tensor([[1.0, 0.0]] * 4)
+Q = torch.tensor([[0.0, 1.0]] * 4)
+
+
+def test_presence_that_was_set_serves_one_call():
+    block, x = block_of(), torch.randn(4, 5, 16)
+    block.present = P
+    assert block.present is P
+    assert torch.equal(block(x), block(x, present=P)) and block.present is None
+    with pytest.raises(ValueError, match="which modalities are present.*before each call"):
+        block(x)  # also for the x that had one
+    block.present = P
+    assert torch.equal(block(x, present=Q), block(x, present=Q)) and block.present is None  # the argument goes first
+    with pytest.raises(ValueError, match="which modalities are present"):
+        block(x)
+    block.present = P
+    block.present = None
+    with pytest.raises(ValueError, match="which modalities are present"):
+        block(x)
+    twice = torch.nn.Sequential(block, block)
+    block.present = P
+    with pytest.raises(ValueError, match="which modalities are present"):
+        twice(x)
+
+
+@pytest.mark.parametrize("wrong,words", [(P[:3], r"presence \[3, 2\] for x \[B,T,D\] = \[4, 5, 16\]: has to be \[B,M\] = \[4, 2\]"), (P[:1], r"\[1, 2\]"),
+                                         (P[0], r"\[2\]"), (torch.ones(4, 3), r"\[4, 3\]"), (torch.ones(4, 1), r"\[4, 1\]")])
+def test_presence_of_another_batch_is_refused(wrong, words):
+    block, x = block_of(), torch.randn(4, 5, 16)
+    with pytest.raises(ValueError, match=words):
+        block(x, present=wrong)
+    block.present = wrong
+    with pytest.raises(ValueError, match=words):
+        block(x)
+    with pytest.raises(ValueError, match="which modalities are present"):
+        block(x)
+    block.present = P
+    assert torch.equal(checkpoint(block, x, use_reentrant=False), block(x, present=P))
+    with pytest.raises(ValueError, match=r"\[4, 2\] for x"):
+        block.mora(torch.randn(4, 7, 7, 16), P)  # windows or pixels beside the batch
+    with pytest.raises(ValueError, match=r"\[4, 2\] for x"):
+        block.mora(torch.randn(4, 16), P)
+
+
+def test_copies_replicas_and_other_threads_have_no_presence(tmp_path):
+    block, x, answers = block_of(), torch.randn(4, 5, 16), {}
+    block.present = P
+    torch.save(block, tmp_path / "block.pt")
+    replica = block._replicate_for_data_parallel()
+    for other in (copy.deepcopy(block), copy.copy(block), replica, torch.load(tmp_path / "block.pt", weights_only=False)):
+        with pytest.raises(ValueError, match="which modalities are present"):
+            other(x)
+    assert torch.equal(replica(x, present=P), block(x, present=P))
+
+    def serve(name, present, barrier):
+        block.present = present
+        barrier.wait()  # both are set before either calls
+        answers[name] = block(x)
+
+    barrier = threading.Barrier(2)
+    threads = [threading.Thread(target=serve, args=("p", P, barrier)), threading.Thread(target=serve, args=("q", Q, barrier))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(answers["p"], block(x, present=P)) and torch.equal(answers["q"], block(x, present=Q))
+    block.present = P
+    thread = threading.Thread(target=lambda: answers.update(error=pytest.raises(ValueError, block, x)))
+    thread.start()
+    thread.join()
+    assert "in the thread that calls" in str(answers["error"].value)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.uint8, torch.float16, torch.float64])
+def test_presence_of_any_dtype(kind):
+    block, x = block_of(), torch.randn(4, 5, 16)
+    wanted = block(x, present=P)
+    assert torch.equal(block(x, present=P.to(kind)), wanted)
+    block.present = P.to(kind)
+    assert torch.equal(checkpoint(block, x, use_reentrant=False), wanted)
+
+
+# ---- activation checkpointing
+
+
+def gradients(run, block=None, same_storage=False):
+    """Those of the branch after two forwards, with presence P and Q, and one backward; run(block, x, present) is the forward."""
+    block = block or block_of()
+    torch.manual_seed(1)
+    xs = torch.randn(2, 4, 4 if block.batch_dim else 5, 16)
+    xs = [x if same_storage else x.clone().requires_grad_() for x in xs]
+    total = 0
+    for x, present in zip(xs, (P, Q)):
+        total = total + run(block, x, present).square().mean()
+    block.present = P  # of a batch that is still to come
+    total.backward()
+    assert block.present is P
+    return [p.grad for p in block.mora.parameters()]
+
+
+def passed(block, x, present):
+    return block(x, present=present)
+
+
+def set_first(block, x, present):
+    block.present = present
+    return block(x)
+
+
+def larger(block, x, present):
+    return set_first(block, x * 1.0, present)
+
+
+WAYS = {"set": lambda b, x, p, r: (setattr(b, "present", p), checkpoint(b, x, use_reentrant=r))[1],
+        "set, and overwritten": lambda b, x, p, r: (setattr(b, "present", q := p.clone()), checkpoint(b, x, use_reentrant=r), q.zero_())[1],
+        "set inside": lambda b, x, p, r: checkpoint(set_first, b, x, p, use_reentrant=r),
+        "set inside a larger function": lambda b, x, p, r: checkpoint(larger, b, x, p, use_reentrant=r),
+        "passed": lambda b, x, p, r: checkpoint(passed, b, x, p, use_reentrant=r),
+        "passed through a larger function": lambda b, x, p, r: checkpoint(lambda x, p: b(x.tanh().atanh(), present=p), x, p, use_reentrant=r)}
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_dim": 1}], ids=["B,T,D", "T,B,D"])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_recomputed_forward_has_the_presence_of_its_first_pass(way, reentrant, options):
+    plain = gradients(passed, block_of(**options))
+    again = gradients(lambda *given: WAYS[way](*given, reentrant), block_of(**options))
+    assert plain[1][0].norm() > 0.1 and plain[1][1].norm() > 0.1
+    for a, b in zip(again, plain):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_two_views_of_one_tensor_and_two_blocks_keep_their_own_presence():
+    plain = gradients(passed, same_storage=True)
+    again = gradients(lambda *given: WAYS["set"](*given, False), same_storage=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+    blocks, x = (block_of(), block_of()), torch.randn(4, 5, 16)  # nor do two blocks share one
+    sum(WAYS["set"](block, x, present, False).square().mean() for block, present in zip(blocks, (P, Q))).backward()
+    for block, present, m in zip(blocks, (P, Q), (0, 1)):
+        assert block.mora.up.grad[m].norm() > 0.1 and block.mora.up.grad[1 - m].norm() == 0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputation_that_cannot_know_its_presence_is_refused(reentrant):
+    def whole(block, x, present):  # its x is made anew in the backward
+        block.present = present
+        return checkpoint(lambda x: block(x * 1.0), x, use_reentrant=reentrant)
+
+    same = torch.randn(4, 5, 16, requires_grad=True)
+    soft = P.clone().requires_grad_()
+    for run in (whole, lambda block, x, present: WAYS["set"](block, same, present, reentrant),
+                lambda block, x, present: WAYS["set"](block, x, soft * 1.0, reentrant),
+                lambda block, x, present: WAYS["set"](block, x, present, False) + WAYS["set"](block, x, soft + present, reentrant)):
+        with pytest.raises(RuntimeError, match="hand present .* down as an argument"):
+            gradients(run)
+
+
+def test_one_x_may_come_again_with_an_equal_presence_and_is_forgotten_with_its_memory():
+    block, x = block_of(), torch.randn(4, 5, 16)
+    for _ in range(3):
+        block.present = P.clone()
+        out = checkpoint(block, x, use_reentrant=False)
+        with torch.inference_mode():
+            block.present = Q
+            block(x)
+        out.square().mean().backward()
+    del out
+    before = len(module.PAST)
+    del x
+    assert len(module.PAST) < before
+
+
+def test_a_torch_without_the_private_question_refuses_what_was_set(monkeypatch):
+    block, x = block_of(), torch.randn(4, 5, 16)
+    monkeypatch.delattr(torch._C, "_current_graph_task_id")
+    block.present = P
+    with pytest.raises(RuntimeError, match="as an argument"):
+        block(x)
+    assert block(x, present=P).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_presence_through_torch_func_and_the_compiler():
+    block, x = block_of(), torch.randn(4, 5, 16)
+    wanted = block(x, present=P)
+    block.present = P
+    slope = torch.func.grad(lambda x: block(x).sum())(x)
+    torch.testing.assert_close(slope, torch.autograd.grad(block(y := x.clone().requires_grad_(), present=P).sum(), y)[0])
+    whole = torch.compile(block, backend="eager", fullgraph=True)
+    assert torch.allclose(whole(x, present=P), wanted, atol=1e-6)
+    block.present = P
+    with pytest.raises(Exception, match="pass present as an argument"):
+        whole(x)
+    torch.compiler.reset()
+    parts = torch.compile(block, backend="eager")
+    for a, b in zip(gradients(lambda b, x, p: (setattr(b, "present", p), checkpoint(parts, x, use_reentrant=False))[1], block), gradients(passed)):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match=r"\[3, 2\]"):
+        parts(x, present=P[:3])
+
+
+# ---- sequence-first models
+
+
+def test_a_sequence_first_block_wants_its_batch_dimension():
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0)  # [T,B,D]
+    with pytest.raises(ValueError, match=r"batch_first=False: pass batch_dim=1, or 0 for x \[B,T,D\]"):
+        MoRABlock(layer, MoRA(16, 2))
+    assert MoRABlock(layer, MoRA(16, 2), batch_dim=0).batch_dim == MoRABlock(Wide(), MoRA(16, 2)).batch_dim == 0
+    block = MoRABlock(layer, block_of().mora, batch_dim=1)
+    for B in (4, 3):
+        x, present = torch.randn(4, B, 16), torch.tensor([[1.0, 0], [0, 1], [1, 1], [0, 0]])[:B]
+        wanted = layer(x) + torch.stack([block.mora(x[:, [b]].transpose(0, 1), present[[b]])[0] for b in range(B)], 1)
+        torch.testing.assert_close(block(x, present=present), wanted)
+        block.present = present
+        torch.testing.assert_close(block(x), wanted)
+    with pytest.raises(ValueError, match=r"\[4, 2\] for x \[B,T,D\] = \[3, 4, 16\]"):
+        block(torch.randn(4, 3, 16), present=P)
+    with pytest.raises(ValueError, match="pass MoRABlock batch_dim=1"):
+        MoRABlock(layer, block.mora, batch_dim=0)(torch.randn(5, 4, 16), present=P)
+    block.mora = FoldedMoRA(block.mora, torch.tensor([1.0, 0.0]))
+    x = torch.randn(5, 4, 16)
+    torch.testing.assert_close(block(x), layer(x) + block.mora(x))
+    assert list(block_of().state_dict())[-2:] == ["mora.down", "mora.up"]

@@ -62,6 +62,45 @@ def test_two_processes_grow_and_train_as_one_with_the_whole_batch(tmp_path):
     assert all(torch.equal(two[0]["state"][k], v) for k, v in two[1]["state"].items())  # bit for bit among themselves
 
 
+FINDINGS = """
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+import train_mora
+from minilora import loop, processes
+from minilora.mora import attach
+from minilora.vit import ViT
+
+torch.set_num_threads(1)
+out = Path(sys.argv[1])
+with processes.processes(torch.device("cpu")), loop.Stopper() as stop:
+    torch.manual_seed(0)
+    model = attach(ViT(("note",), 5, width=8, depth=1, heads=2, buckets=32, positions=4), "mora", 2).double()
+    present = torch.ones(40, 1).double()
+    known = torch.rand(40, 5) < torch.linspace(0, 0.6, 40)[:, None]  # most unlabelled, unevenly; some batches of a process have none
+    labels = torch.where(known, torch.randint(0, 2, (40, 5)), -1)
+    task = {"inputs": {"note": torch.randint(3, 32, (40, 4))}, "labels": labels, "train": np.arange(40), "present": present, "shuffled": present}
+    cfg = train_mora.Config(out=out, steps=60, batch=4)
+    train_mora.adapt(cfg, model, "mora", 0, 0.01, task, loop.Log(out / "log.jsonl"), stop)
+    torch.save(model.state_dict(), out / f"rank{processes.world()[0]}.pt")
+"""
+
+
+def test_two_processes_weigh_the_known_findings_as_one(tmp_path):
+    (tmp_path / "worker.py").write_text(FINDINGS)
+    logs = []
+    for n in (1, 2):
+        (tmp_path / str(n)).mkdir()
+        launch(n, "worker.py", str(n), cwd=tmp_path)
+        logs.append([json.loads(line)["loss"] for line in (tmp_path / f"{n}/log.jsonl").read_text().splitlines()])
+    one, *two = (torch.load(tmp_path / name) for name in ("1/rank0.pt", "2/rank0.pt", "2/rank1.pt"))
+    for each in two:
+        for name, value in one.items():
+            assert torch.allclose(each[name], value, rtol=0, atol=1e-5), (name, (each[name] - value).abs().max())
+    assert logs[1] == pytest.approx(logs[0], abs=1e-5)
+
+
 @pytest.mark.parametrize("script,argv", [("train_selora.py", [*TINY_SELORA, "--steps", "6"]), ("train_mora.py", [*TINY, "--methods", "head", "mora"])])
 def test_both_scripts_run_under_torchrun_and_rank_0_writes(tmp_path, monkeypatch, capsys, script, argv):
     reports = []

@@ -210,7 +210,7 @@ def test_pickles_never_run(tmp_path, monkeypatch, built):
     Path("config").mkdir()
     peft = Path("peft")
     peft.mkdir()
-    (peft / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 1}))
+    (peft / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
     torch.save({"code": Code()}, peft / "adapter_model.bin")
     for read in (lambda: checkpoint.load("raw.pt"), lambda: checkpoint.load("zip.pt", "mora"), lambda: data.load_study("objects.npz"),
                  lambda: studies.read_picture("array.npy"), lambda: interchange.load_peft(torch.nn.Linear(2, 2), peft)):  # fmt: skip
@@ -625,3 +625,46 @@ def test_numbers_that_are_none_stop_and_leave_the_last_save(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minilora.report.pyplot", lambda: None)
     train_selora.main([*DRAW, "--out", "run", "--steps", "8", "--resume"])  # and it can go on from there
+
+
+FOLDED = [  # {modality: columns}, and a flag for each of them in their order
+    ({"labs": ["WBC %", "WBC #", "WBC"]}, ["WBC-percent-sign", "WBC-number-sign", "WBC"]),
+    ({"labs": ["WBC %", "pO2 saturation", "temperature (C)"]}, ["WBC-", "pO2-saturation", "temperature-C-"]),  # alone in it
+    ({"labs": ["out", "note", "help", "labs-out", "h", "device"]}, ["labs-out-2", "labs-note", "labs-help", "labs-out", "h", "labs-device"]),
+    ({"vitals": ["age", "WBC %"], "labs": ["age", "WBC %"], "more": ["labs-age"]}, ["age", "WBC-", "labs-age-2", "labs-WBC-", "labs-age"]),
+    ({"labs": ["%", "-", " ", "  ", "\x00"]}, ["percent-sign", "hyphen-minus", "labs-", "labs--2", "u0"]),
+    ({"labs": ["a  b", "a b", "a%b", "a-b"]}, ["labs-a-b", "labs-a-b-2", "a-percent-sign-b", "a-b"]),
+]
+
+
+@pytest.mark.parametrize("numeric,flags", FOLDED)
+def test_every_column_has_a_flag_of_its_own(numeric, flags, monkeypatch, capsys, tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    monkeypatch.setattr(serve_cli, "own_manifest", lambda folder: {"numeric": {name: {"columns": columns} for name, columns in numeric.items()}})
+    line = [word for i, flag in enumerate(flags) for word in (f"--{flag}", str(-i))]
+    args, columns = serve_cli.command_line(["predict", str(tmp_path), *line])
+    assert columns == dict(zip(flags, [(name, column) for name, group in numeric.items() for column in group]))
+    assert [getattr(args, f"column {flag}") for flag in columns] == [-float(i) for i in range(len(flags))]
+    with pytest.raises(SystemExit):
+        serve_cli.command_line(["predict", str(tmp_path), "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    for flag, (name, column) in columns.items():
+        assert f"--{flag} COLUMN {flag.upper()} {name}: {' '.join(column.split())}".rstrip() in words
+
+
+def test_columns_that_fold_to_one_flag_are_served(built, tmp_path, monkeypatch, capsys):
+    shutil.copytree(built / "mora/onnx", tmp_path / "m")
+    manifest = json.loads((tmp_path / "m/manifest.json").read_text())
+    columns = manifest["numeric"]["vitals"]["columns"]
+    columns[:2] = ["WBC %", "WBC #"]
+    signed(tmp_path / "m", manifest)
+    diagnoser = serve.Diagnoser(tmp_path / "m", "cpu")
+    for flag, column in (("--WBC-percent-sign", "WBC %"), ("--WBC-number-sign", "WBC #")):
+        serve_cli.main(["predict", str(tmp_path / "m"), "--device", "cpu", flag, "7.5"])
+        wanted = diagnoser.predict(vitals=[{column: 7.5}])[0]
+        said = capsys.readouterr().out
+        assert all(f"{name:20s} {p:.3f} " in said for name, p in zip(diagnoser.classes, wanted)), said
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        serve_cli.main(["predict", "m", "--WBC-", "7.5"])
+    assert stopped.value.code == 2 and "unrecognized arguments: --WBC-" in capsys.readouterr().err

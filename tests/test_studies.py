@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import os
 import re
 import shlex
 from pathlib import Path
@@ -307,6 +308,52 @@ def test_bad_spreadsheets_are_refused_in_one_line(folder, refused):
     assert "o.npz: is there already" in said(rows)
     assert (tmp_path / "o.npz").read_bytes() == b"mine"
     assert "no such file" in refused(studies.main, "inspect", "absent.npz")
+
+
+LEAVING = ["../x.png", "../x", "../gone.png", "sub/../../x.png", "..", "/", "OUT", "..\\x.png", "sub\\..\\..\\x.png", "\\x.png", "\\\\server\\share\\x.png",
+           "C:\\x.png", "c:x.png", "D:/x.png", "link.png", "link", "way/x.png", "way/gone.png", "in/../x.png"]  # fmt: skip
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+@pytest.mark.parametrize("cell", LEAVING)
+def test_pictures_outside_of_their_folder_are_refused_by_line(cell, folder, refused):
+    tmp_path, rows = folder
+    pictures = tmp_path / "pictures"
+    (pictures / "sub").mkdir(parents=True)
+    for path in tmp_path.glob("p*.png"):
+        path.rename(pictures / path.name)
+    Image.fromarray(drawing()).save(tmp_path / "x.png")
+    (pictures / "link.png").symlink_to(tmp_path / "x.png")
+    (pictures / "way").symlink_to(tmp_path)
+    (pictures / "in").symlink_to(tmp_path / "out/of/it")
+    (tmp_path / "out/of/it").mkdir(parents=True)
+    Image.fromarray(drawing()).save(tmp_path / "out/of/x.png")  # where in/../x.png leads
+    cell = cell.replace("OUT", str(tmp_path / "x.png"))
+    write_csv(tmp_path, [*rows[:3], [cell, "fever", "sick", "b"], *rows[3:]])
+    said = refused(studies.main, "from-csv", "s.csv", "--images", "pictures", "--out", "o.npz")
+    assert said.startswith(f"error: image column 'image' is '{cell}' in line 5: ") and "is outside of the picture folder pictures; put the picture into it, or give --images" in said
+
+
+def test_subfolders_links_and_whole_paths_inside_the_folder_stay(folder, capsys):
+    tmp_path, rows = folder
+    pictures = tmp_path / "pictures"
+    (pictures / "sub").mkdir(parents=True)
+    for path in tmp_path.glob("p*.png"):
+        path.rename(pictures / "sub" / path.name)
+    cells = [f"sub/p{i}" for i in range(12)]
+    write_csv(tmp_path, [[cell, *row[1:]] for cell, row in zip(cells, rows)])
+    plain = convert(tmp_path, "--images", str(pictures), out="plain.npz")
+    (pictures / "link.png").symlink_to(pictures / "sub/p0.png")
+    (pictures / "way").symlink_to(pictures / "sub")
+    (tmp_path / "folder").symlink_to(pictures)  # the folder itself is given as a link
+    cells[:5] = ["link.png", "way/p1.png", str(pictures / "sub/p2.png"), "sub/../sub/p3.png", "./sub/../way/p4"]
+    write_csv(tmp_path, [[cell, *row[1:]] for cell, row in zip(cells, rows)])
+    np.testing.assert_array_equal(convert(tmp_path, "--images", str(tmp_path / "folder"), out="o.npz").images, plain.images)
+    odd = ["..x.png", "...", "a\0b.png", "sub\\p0.png", "http://x.org/x.png"]  # inside, and not there
+    write_csv(tmp_path, [[cell, *row[1:]] for cell, row in zip(odd + cells[5:], rows)])
+    capsys.readouterr()
+    convert(tmp_path, "--images", str(pictures), out="odd.npz")
+    assert "5 files not there" in capsys.readouterr().out
 
 
 @pytest.mark.pictures

@@ -7,19 +7,22 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import DATA, TINY
+from test_export import copied, only_refused
 
+import export
 import train_mora
-from minilora import checkpoint, data, loop, selora
-from minilora.models import build
-from minilora.mora import attach
+from minilora import checkpoint, data, loop, metrics, selora, serve_cli
+from minilora.models import build, image_digests, load_head
+from minilora.mora import METHODS, attach
 from minilora.phantoms import LABS, phantoms
 from minilora.report import mora_conclusion
-from minilora.task import input_sizes, on
+from minilora.task import finished_job, input_sizes, on, predict
 from minilora.vit import ViT
 from minilora.data import Refused
 
@@ -34,7 +37,7 @@ def test_a_run_folder_holds_what_the_design_says(tiny):
     folder, run = tiny
     report = json.loads((run / "metrics.json").read_text())
     assert report["format"] == 1 and report["kind"] == "mora" and report["synthetic"] and report["seeds"] == [0]
-    assert set(report["methods"]) == set(train_mora.METHODS)
+    assert set(report["methods"]) == set(METHODS)
     for m in report["methods"].values():
         assert set(m["by_test"]) == {"any:0.7", "image:0.5"} and len(m["macro_f1"]) == 1 and 0 <= m["macro_f1"][0] <= 1
         rows = m["by_test"]["any:0.7"]["by_pattern"]
@@ -46,7 +49,7 @@ def test_a_run_folder_holds_what_the_design_says(tiny):
     assert sorted(np.concatenate([drawn[k] for k in ("train", "val", "test")])) == list(range(240))
     assert drawn["present image:0.5"].shape == (240, 3)
     steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert {s["method"] for s in steps} == set(train_mora.METHODS) and steps[-1]["step"] == 12
+    assert {s["method"] for s in steps} == set(METHODS) and steps[-1]["step"] == 12
     assert json.loads((run / "timings.json").read_text()) and not (run / "last.pt").exists()
     assert json.loads((run / "config.json").read_text())["steps"] == 12
     assert (run / "macro_f1.png").stat().st_size > 5000
@@ -63,7 +66,7 @@ def test_model_pt_rebuilds_the_model_alone(tiny):
     drawn = data.read_npz(run / "split-s0.npz")
     present = torch.from_numpy(drawn["present any:0.7"].astype(np.float32))
     task = {"inputs": inputs, "labels": torch.from_numpy(study.labels)}
-    p = train_mora.predict(model, "mora", task, drawn["test"], present, present)
+    p = predict(model, "mora", task, drawn["test"], present, present)
     report = json.loads((run / "metrics.json").read_text())
     assert (p.argmax(1) == study.labels[drawn["test"]]).mean() == report["methods"]["mora"]["accuracy"][0]
 
@@ -151,6 +154,35 @@ def test_several_findings_with_unlabelled_ones(tmp_path, monkeypatch, capsys):
     assert 0 < report["methods"]["mora"]["auroc"][0] < 1 and report["synthetic"]  # the file says that it is drawn
 
 
+def test_findings_without_a_positive_are_left_out_of_macro_f1_and_counted(tmp_path, monkeypatch, capsys):
+    labels = np.array([[1, 0, -1, 0], [0, 0, -1, 1], [1, 0, -1, -1]])
+    perfect = np.where(labels == 1, 0.9, 0.1)
+    scores = metrics.scores(labels, perfect)
+    assert scores["macro_f1"] == scores["accuracy"] == scores["auroc"] == 1 and scores["without_positive"] == 2
+    wrong = perfect.copy()
+    wrong[0] = 0.9  # finding 0: right; 1: a false alarm, which F1 cannot grade; 3: one of its two labelled samples wrong
+    assert metrics.scores(labels, wrong)["macro_f1"] == pytest.approx((1 + 2 / 3) / 2)
+    assert math.isnan(metrics.scores(labels[:, 1:3], perfect[:, 1:3])["macro_f1"])
+    assert "without_positive" not in metrics.scores(labels[:, ::3], perfect[:, ::3])
+    assert metrics.scores(np.array([0, 0]), np.array([[0.9, 0.1], [0.9, 0.1]])).keys() == {"macro_f1", "auroc", "accuracy"}
+    monkeypatch.chdir(tmp_path)
+    s = phantoms(240, 4).select(("note",))
+    s.labels = np.stack([s.labels == 1, np.arange(240) == 0], 1).astype(np.int64)  # one sample has the second finding
+    s.class_names = ["frequent", "rare"]
+    data.save_study("rare.npz", s)
+    train_mora.main([*SHORT, "--out", "r", "--data", "rare.npz", "--keep", "head:0", "--seeds", "2"])
+    said = capsys.readouterr().out
+    report = json.loads((tmp_path / "r/metrics.json").read_text())["methods"]["mora"]
+    tests = [data.read_npz(tmp_path / f"r/split-s{seed}.npz")["test"] for seed in (0, 1)]
+    assert report["without_positive"] == [int(0 not in rows) for rows in tests] and max(report["without_positive"]) == 1
+    assert said.count("Macro-F1 leaves out the findings without a positive in the test split") == 1 and "nan" not in said
+    export.main(["mora", "r"])
+    capsys.readouterr()
+    seed = report["without_positive"].index(1)
+    serve_cli.main(["predict", "r/onnx", "--data", "rare.npz", "--split", f"r/split-s{seed}.npz", "--device", "cpu"])
+    assert "without" in capsys.readouterr().out
+
+
 def test_colour_images_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     s = phantoms(240, 4).select(("image",))
@@ -176,6 +208,57 @@ def test_a_source_that_would_leak_or_lacks_samples_is_refused(refused, tmp_path)
     hollow.notes[:] = ""
     data.save_study(tmp_path / "h.npz", hollow)
     assert "no labelled sample has all of image, note" in refused(train_mora.main, *TINY, "--source", "h.npz")
+
+
+def test_a_source_that_holds_samples_of_the_data_is_refused_by_content(refused, tmp_path):
+    whole = phantoms(100, 5)
+    pictures, words = whole.select(("image", "note")), whole.select(("note", "labs"))
+    fresh, turned = phantoms(60, 9).select(("image", "note")), np.arange(100)[::-1]
+    data.save_study(tmp_path / "data.npz", pictures)
+    data.save_study(tmp_path / "words.npz", words)
+
+    def shared(study, against, *argv):
+        data.save_study(tmp_path / "s.npz", study)
+        return refused(train_mora.main, *TINY, "--source", "s.npz", "--data", against, *argv)
+
+    arrays = data.read_npz(tmp_path / "data.npz")
+    np.savez_compressed(tmp_path / "again.npz", **arrays)
+    line = "error: --source again.npz: 100 of its 100 samples are in --data data.npz: the base would see the test labels"
+    assert refused(train_mora.main, *TINY, "--source", "again.npz", "--data", "data.npz") == line
+    assert "100 of its 100 samples" in shared(pictures.take(turned), "data.npz")
+    assert "100 of its 100 samples" in shared(words.take(turned), "words.npz")  # no image: words and numbers
+    assert "30 of its 30 samples" in shared(words.take(turned[:30]), "words.npz")
+    colour = replace(pictures.take(turned[:40]), images=np.stack([pictures.images[turned[:40]]] * 3, 3))
+    assert "40 of its 40 samples" in shared(colour, "data.npz")
+    some = pictures.take(np.arange(60))
+    for key in ("images", "notes"):
+        setattr(some, key, np.concatenate([getattr(some, key)[:7], getattr(fresh, key)[7:]]))
+    assert "7 of its 60 samples" in shared(some, "data.npz") and "7 of its 60" in shared(some, "data.npz", "--modalities", "note")
+    assert "7 of its 60 samples" in shared(replace(some, notes=fresh.notes), "data.npz")  # other words, the same pictures
+    target = phantoms(240, 2)  # what a run with TINY draws, and keeps as phantoms.npz
+    data.save_study(tmp_path / "drawn.npz", target)
+    assert "--source drawn.npz: 240 of its 240 samples are in --data phantoms (target)" in refused(train_mora.main, *TINY, "--source", "drawn.npz")
+    data.save_study(tmp_path / "drawn.npz", phantoms(240, 1, "source"))
+    assert "--source phantoms (source): 240 of its 240" in refused(train_mora.main, *TINY, "--data", "drawn.npz")
+
+
+def test_sources_that_only_say_the_same_are_read(tmp_path):
+    whole, other = phantoms(100, 5), phantoms(100, 6)
+    other.notes = whole.notes.copy()
+    other.images[:5], whole.images[:5] = 255, 255  # white: a missing picture of somebody's program
+    words = replace(whole.select(("note",)), notes=whole.notes.copy())
+    words.notes[:2] = "words that", "nobody wrote"
+    for name, study in (("a", whole.select(("image", "note"))), ("b", other.select(("image", "note"))), ("c", whole.select(("note",))), ("d", words)):
+        data.save_study(tmp_path / f"{name}.npz", study)
+    for source, target in ("ab", "dc"):
+        cfg = train_mora.Config(source=tmp_path / f"{source}.npz", data=tmp_path / f"{target}.npz")
+        assert len(train_mora.read_source(cfg, train_mora.read_target(cfg))) == 100
+
+
+def test_a_model_keeps_what_its_base_has_seen(tiny):
+    source = phantoms(240, 1, "source")
+    kept = checkpoint.load(tiny[1] / "model.pt")["source_images"].numpy()
+    assert kept.shape == (240,) and set(kept) == set(image_digests(source)) and (kept[1:] > kept[:-1]).all()
 
 
 def test_phantoms_numbers_pretrain_the_modality_of_their_name():
@@ -262,6 +345,9 @@ def test_conclusion_is_computed_and_admits_defeat():
     report["seeds"], report["methods"] = [0], {k: method(m["macro_f1"][0]) for k, m in report["methods"].items()}
     said = mora_conclusion(report)
     assert any("One seed: an illustration" in s for s in said) and not any("beat" in s for s in said)
+    report["methods"] = {k: method(math.nan) | {"without_positive": [4]} for k in report["methods"]}  # nothing to compare
+    said = mora_conclusion(report)
+    assert not any("MoRA" in s for s in said) and "Macro-F1 leaves out the findings without a positive in the test split (4 by seed)." in said
 
 
 BAD = [(["--data", "absent.npz"], "absent.npz: no such file"), (["--methods", "dora"], "'dora' is not known"),
@@ -288,7 +374,7 @@ def test_a_folder_of_another_run_is_refused(tiny, refused, tmp_path):
     _, run = tiny
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     assert "another configuration (" in refused(train_mora.main, *SHORT, "--out", run)
-    same = [*TINY, "--out", run, "--modalities", "image", "note", "vitals", "--test-missing", "any:0.7", "image:0.5", "--methods", *train_mora.METHODS]
+    same = [*TINY, "--out", run, "--modalities", "image", "note", "vitals", "--test-missing", "any:0.7", "image:0.5", "--methods", *METHODS]
     assert "--resume" in refused(train_mora.main, *same)
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
@@ -334,3 +420,74 @@ def test_the_log_opens_in_pandas(tmp_path, monkeypatch):
     resumed.write(method="mora", seed=0, lr=0.01, step=30, loss=2.0)
     frame = pandas.read_json("log.jsonl", lines=True)
     assert list(frame.step) == [10, 20, 30] and list(frame.loss) == [0.1, 0.05, 2.0] and list(frame.columns) == ["method", "seed", "lr", "step", "loss"]
+
+
+def test_every_entry_of_a_finished_job_counts(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny[0])
+    seen = []
+    monkeypatch.setattr(train_mora, "finish", lambda cfg, ctx, *rest: seen.extend([cfg, ctx]))
+    argv = json.loads((tiny[1] / "config.json").read_text())
+    train_mora.main([*TINY, "--out", "run", "--modalities", "image", "note", "vitals", "--test-missing", *argv["test_missing"],
+                     "--methods", *argv["methods"], "--resume"])
+    path = copied(tiny, tmp_path) / "adapters/mora-all-s0.pt"
+    read = lambda: finished_job(*seen, "mora-all", 0, path, "mora-all-s0-0.01")
+    assert only_refused(path, checkpoint.FORMS["mora adapter"], read, fewer=["base_hash delete", "base_hash rename"]) > 400
+
+
+def test_weights_of_another_training_are_refused_before_they_are_trained_on(tmp_path, monkeypatch, capsys):
+    """A base, a locked head, a finished job: each in a file of the right kind whose weights fit nothing."""
+    monkeypatch.chdir(tmp_path)
+    argv = [*SHORT, "--out", "r", "--head", "locked"]
+    train_mora.main(argv)
+    (base,) = (tmp_path / "runs/base").glob("vit-*.pt")
+    places = {base.relative_to(tmp_path): "cls", "r/adapters/head-s0.pt": "pooler.weight", "r/adapters/mora-s0.pt": "blocks.0.mora.up"}
+    for i, (path, name) in enumerate(places.items()):
+        content = checkpoint.load(path)
+        wrong = {**content["state"], f"{name}x": content["state"][name]}
+        del wrong[name]
+        checkpoint.save(path, content | {"state": wrong})
+        before = files(tmp_path, "r/model.pt", "r/metrics.json")
+        for out in ["r", "other"][: 2 - bool(i)]:
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as stopped:
+                train_mora.main([*argv, "--out", out, "--resume"])
+            said = capsys.readouterr().err
+            assert stopped.value.code == 2 and said.startswith(f"error: {path}") and said.count("\n") == 1, said
+            assert f"weight '{name}x' fits nothing; expected here: {name}" in said
+        checkpoint.save(path, content)
+        assert files(tmp_path, "r/model.pt", "r/metrics.json") == before
+    head = tmp_path / "r/adapters/head-s0.pt"
+    model = attach(ViT(**checkpoint.load("r/model.pt")["config"]), "mora", 4)
+    base_hash = checkpoint.load(head)["base_hash"]
+
+    def read():
+        load_head(model, head, 0, base_hash)
+        return model.state_dict()
+
+    form = {key: checkpoint.FORMS["mora adapter"][key] for key in ("method", "seed", "state", "base_hash?")}
+    assert only_refused(head, form, read, fewer=["base_hash delete", "base_hash rename"]) > 60
+    with pytest.raises(Refused, match="head-s0.pt: an adapter for base"):
+        load_head(model, head, 0, "another")
+    with pytest.raises(Refused, match="mora-s0.pt: holds 'mora' of seed 0, not 'head' of seed 0"):
+        load_head(model, tmp_path / "r/adapters/mora-s0.pt", 0, base_hash)
+
+
+def test_every_entry_of_a_stopped_training_counts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_mora, "SAVE_EVERY", 4)
+    note = loop.Loop.note
+    monkeypatch.setattr(loop.Loop, "note", lambda self, loss: (note(self, loss), os.kill(os.getpid(), signal.SIGINT) if self.name.startswith("mora") else 0))
+    with pytest.raises(SystemExit):
+        train_mora.main([*SHORT, "--out", "r"])
+    path = tmp_path / "r/last.pt"
+    model = attach(ViT(("image", "note"), 4, **{k: v for k, v in checkpoint.load(next((tmp_path / "runs/base").glob("vit-*.pt")))["config"].items()
+                                                if k not in ("modalities", "classes")}), "mora", 4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+    def read():
+        saved = checkpoint.load(path, "resume")
+        checkpoint.check_resume(path, saved, model, optimizer)
+        return saved
+
+    fewer = [f"optimizer.state.{i} delete" for i in range(20)]  # what got no gradient has no moments
+    assert only_refused(path, checkpoint.FORMS["resume"], read, fewer) > 300

@@ -5,18 +5,23 @@ import json
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from test_export import only_refused
 
+import export
+import train_mora
 import train_selora
-from minilora import checkpoint, data, diffusion, metrics, selora
+from minilora import checkpoint, data, diffusion, export_selora, metrics, selora
 from minilora.judge import agreement, linear_reader
-from minilora.models import load_selora
+from minilora.models import load_judge, load_selora
 from minilora.phantoms import phantoms
 from minilora.ranks import COMPARED
 from minilora.report import selora_table
+from minilora.task import draw_studies, finished_rule
 from minilora.words import tokenize
 from minilora.unet import Denoiser
 
@@ -129,7 +134,7 @@ def test_source_and_target_must_be_two_files(refused, tmp_path):
     for name in ("a.npz", "b.npz"):
         data.save_study(tmp_path / name, phantoms(60, 3).select(("image", "note")))
     said = refused(train_selora.main, *TINY, "--out", "r", "--data", "a.npz", "--source", "b.npz")
-    assert "--source b.npz is the --data file" in said
+    assert "--source b.npz: 60 of its 60 samples are in --data a.npz: the base would see the held-out images" in said
 
 
 def test_the_rules_table_compares_at_equal_parameters(tmp_path, monkeypatch, capsys):
@@ -252,3 +257,106 @@ def test_no_gap_to_close_is_said(capsys):
         name: {"heldout_loss": [loss], "adapter_params": [5], "trainable_params": [9]} for name, loss in (("unadapted", 1.0), ("fixed", 0.9), ("full", 1.2))}}
     said = selora_table(report, {})
     assert "there is no gap to close" in said and "%" not in said
+
+
+def test_every_entry_of_a_model_and_of_an_adapter_counts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--steps", "6", "--rule", "ratio", "--text-depth", "0", "--targets", "unet.first|unet.last|unet.time.0", "--out", "r"]
+    train_selora.main([*TINY, *small])
+    run = tmp_path / "r"
+
+    def exported(method=None):
+        """All that an export rests on: what the manifest says, the golden inputs, the weights."""
+        saved, model, vae = load_selora(run, method)
+        said = export_selora.described(saved, 1000, "float32"), saved["adapter"]["method"], saved["adapter"]["seed"], saved["adapter"]["ranks"]
+        return said, export_selora.golden_sampler(saved["config"], 1000), selora.merge(model).state_dict(), vae.state_dict()
+
+    assert only_refused(run / "model.pt", checkpoint.FORMS["selora"], exported) > 400
+    form = checkpoint.FORMS["selora adapter"]
+    assert only_refused(run / "adapters/ratio-s0.pt", form, lambda: exported("ratio")) > 100
+    study = phantoms(120, 2).select(("image", "note"))
+    cfg = SimpleNamespace(augment=f"{run}:2", missing="any:0.5", image_size=32)
+    augmented = lambda: draw_studies(cfg, study, {"parts": data.split(study, 0)}, 0, "cpu")
+    assert only_refused(run / "model.pt", {"study": str, "schedule": str, "vae_config": checkpoint.VAE}, augmented) > 40
+    split = (run / "split-s0.npz").read_bytes()
+    for arrays in ({}, {"train": np.zeros((2, 2), int)}, {"train": np.array(["x"])}):
+        np.savez(run / "split-s0.npz", **arrays)
+        with pytest.raises(data.Refused, match="split-s0.npz: entry 'train' is missing or not a list of rows"):
+            augmented()
+    (run / "split-s0.npz").write_bytes(split)
+    seen = []
+    monkeypatch.setattr(train_selora, "finish", lambda cfg, ctx, *rest: seen.extend([cfg, ctx]))
+    train_selora.main([*TINY, *small, "--resume"])
+    for job in sorted(train_selora.ranks.jobs_of(seen[0], 0), key=lambda job: job.rule != "ratio"):
+        path = run / f"adapters/{job.name}-s0.pt"
+        if job.rule in train_selora.REFERENCES:
+            form = {k: v for k, v in form.items() if k != "state"}  # which nobody reads
+        assert only_refused(path, form, lambda: finished_rule(seen[1], job, 0, path, f"{job.name} s0")) > 50
+
+
+def test_a_source_or_a_judge_that_has_seen_the_data_is_refused_by_content(tiny, refused, tmp_path):
+    whole = phantoms(80, 5).select(("image", "note"))
+    data.save_study(tmp_path / "data.npz", whole)
+    np.savez_compressed(tmp_path / "again.npz", **data.read_npz(tmp_path / "data.npz"))
+    some = phantoms(60, 6).select(("image", "note"))
+    some.images[:9] = whole.images[-9:]
+    data.save_study(tmp_path / "some.npz", some)
+    pair = lambda source: refused(train_selora.main, *TINY, "--out", "r", "--source", source, "--data", "data.npz")
+    assert "--source again.npz: 80 of its 80 samples are in --data data.npz: the base would see the held-out images" in pair("again.npz")
+    assert "--source some.npz: 9 of its 60 samples are in --data data.npz" in pair("some.npz")
+    judged = lambda *argv: refused(train_selora.main, *TINY, "--out", "r", "--judge", tiny[1], *argv)
+    seen = phantoms(240, 1, "source").select(("image", "note"))  # what the base of the tiny run was pretrained on
+    data.save_study(tmp_path / "seen.npz", seen.take(np.arange(240)[::-1]))
+    part = phantoms(50, 6).select(("image", "note"))
+    part.images[5:9] = seen.images[:4]
+    data.save_study(tmp_path / "part.npz", part)
+    assert "was pretrained on 240 images of seen, whose held-out images it would judge" in judged("--data", "seen.npz", "--source", "data.npz")
+    assert "was pretrained on 4 images of part, whose held-out images it would judge" in judged("--data", "part.npz", "--source", "data.npz")
+
+
+def test_a_judge_of_an_earlier_version_is_read(tiny, tmp_path):
+    saved = checkpoint.load(tiny[1] / "model.pt")
+    del saved["source_images"]
+    checkpoint.save(tmp_path / "model.pt", saved)
+    data.save_study(tmp_path / "data.npz", phantoms(30, 5))
+    target = data.load_study(tmp_path / "data.npz")
+    assert load_judge(tmp_path, "cpu", target, None).config["modalities"] == ["image", "note", "vitals"]
+    source = {"name": "data.npz", "sha256": data.sha256(tmp_path / "data.npz")}
+    (tmp_path / "config.json").write_text(json.dumps({"source": source}))
+    with pytest.raises(data.Refused, match="data.npz, whose held-out images it would judge"):
+        load_judge(tmp_path, "cpu", target, tmp_path / "data.npz")
+
+
+def test_a_base_or_a_kept_adapter_that_fits_nothing_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = [*TINY, "--steps", "6", "--rule", "fixed", "--out", "r"]
+    train_selora.main(argv)
+    for path in (*sorted((tmp_path / "runs/base").iterdir()), tmp_path / "r/adapters/fixed-s0.pt"):
+        content, before = checkpoint.load(path), files(tmp_path, "r/model.pt", "r/metrics.json")
+        name = next(iter(content["state"]))
+        odd = [{k: v for k, v in content["state"].items() if k != name}, {**content["state"], name: torch.zeros(7, 3)},
+               {f"{k}x" if k == name else k: v for k, v in content["state"].items()}]  # fmt: skip
+        if path.stem == "fixed-s0":
+            odd.append({**content["state"], name: content["state"][name] | {"A": torch.zeros(7, 3)}})
+        for state in odd:
+            checkpoint.save(path, content | {"state": state})
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as stopped:
+                train_selora.main([*argv, "--resume"])
+            said = capsys.readouterr().err
+            assert stopped.value.code == 2 and path.name in said and name in said and said.count("\n") == 1, said
+        checkpoint.save(path, content)
+        assert files(tmp_path, "r/model.pt", "r/metrics.json") == before
+    train_selora.main([*argv, "--resume"])
+    saved = checkpoint.load(tmp_path / "r/model.pt")
+    del saved["adapter"]["state"][next(iter(saved["adapter"]["state"]))]["scale"]
+    checkpoint.save(tmp_path / "r/model.pt", saved)
+    tiny_mora = ["--phantoms", "120", "--steps", "2", "--pretrain-steps", "2", "--device", "cpu", "--out", "m"]
+    for main, line in ((export.main, ["selora", "r"]), (export.main, ["selora", "r", "--hot-swap", "swap"]), (export.main, ["peft", "r", "--out", "p"]),
+                       (train_mora.main, [*tiny_mora, "--augment", "r:5"])):  # fmt: skip
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main(line)
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.startswith("error: r/model.pt: entry 'adapter.state.") and said.count("\n") == 1, said
+        assert ".scale' is missing" in said

@@ -362,7 +362,7 @@ def exported(folder, **sizes):
     build = lambda: ViT(("image", "note"), 4, **sizes)
     model = attach(build(), "mora")
     torch.nn.init.normal_(model.blocks[0].mora.up)
-    adapter = {"method": "mora", "seed": 0, "rank": 4, "state": model.state_dict(), "scales": {}}
+    adapter = {"method": "mora", "seed": 0, "rank": 4, "state": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, "scales": {}}
     base = {k: v for k, v in build().state_dict().items() if not k.startswith("head.")}
     checkpoint.save(folder / "model.pt", {
         "format": 1, "kind": "mora", "config": model.config, "base": base, "base_hash": "", "class_names": ["a", "b", "c", "d"],
