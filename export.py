@@ -36,10 +36,8 @@ def export_adapter(run, out, format="peft", method=None, seed=None):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Refused(f"--out {out}: exists and is not an empty folder")
     with new_folder(out) as work:
-        try:
+        with data.refusing():
             getattr(interchange, f"save_{format}")(model, work)
-        except ValueError as error:
-            raise Refused(str(error)) from None
     return out
 
 

@@ -25,7 +25,8 @@ import torch
 import tyro
 
 from minilora import checkpoint, data, diffusion, judge, ranks, report, selora
-from minilora.cli import Bounds, Natural, Positive, Share, guarded, refusing
+from minilora.cli import Bounds, Natural, Positive, Share, guarded
+from minilora.data import refusing
 from minilora.loop import Log, Loop, rows_at, warm_cosine
 from minilora.models import load_judge
 from minilora.processes import average, leader, own_part, pick_device, wait, world
@@ -426,7 +427,7 @@ def check_adapters(cfg, config):
     replay = {}
     if cfg.replay:
         finished = checkpoint.read_json(cfg.replay / "metrics.json")
-        with refusing(f"--replay {cfg.replay}: "):
+        with refusing(f"--replay {cfg.replay}"):
             replay = ranks.replayed(finished, cfg.seeds, model)
     line = (
         f"denoiser: {total:,} parameters, {len(names)} layers adapted; an adapter of rank 1 has "
@@ -523,7 +524,7 @@ def finish(cfg, ctx, identity, results):
     kept = next(name for name in results if name not in REFERENCES)
     model = ctx.model()
     selora.inject(model, cfg.targets or None, 0, cfg.capacity)
-    with refusing(f"{cfg.out}/adapters/{kept.replace(' ', '-')}-s0.pt: "):
+    with refusing(f"{cfg.out}/adapters/{kept.replace(' ', '-')}-s0.pt"):
         selora.load_adapter(model, results[kept][0]["state"])
     content = {
         "format": 1,

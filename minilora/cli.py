@@ -3,7 +3,6 @@
 Skip this file when you read for a method.
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, get_type_hints
 
@@ -63,15 +62,6 @@ def with_preset(cfg, presets):
     default = type(cfg)()
     sizes = presets[cfg.preset].items()
     return replace(cfg, **{k: v for k, v in sizes if getattr(cfg, k) == getattr(default, k)})
-
-
-@contextmanager
-def refusing(prefix=""):
-    """Turn a ValueError of a lesson file into `Refused`, which ends in one line."""
-    try:
-        yield
-    except ValueError as error:
-        raise Refused(f"{prefix}{error}") from None
 
 
 def guarded(run, cfg, presets):

@@ -35,6 +35,16 @@ class Refused(ValueError):
 
 
 @contextmanager
+def refusing(place=""):
+    """Turn what a lesson file raises at names and sizes that do not fit into `Refused`. place: the
+    file or flag that they come from; of a file, entries of another type count too."""
+    try:
+        yield
+    except (TypeError, ValueError) if place else ValueError as error:
+        raise Refused(f"{place}: {error}" if place else str(error)) from None
+
+
+@contextmanager
 def one_line_errors():
     """Turn `Refused` into one line on stderr and exit code 2; every command line runs inside it."""
     try:

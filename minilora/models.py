@@ -4,28 +4,17 @@ Shared by the training scripts and the export; skip it when you read for a metho
 """
 
 import hashlib
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from minilora import checkpoint, diffusion, selora
-from minilora.data import Refused, sha256
+from minilora.data import Refused, refusing, sha256
 from minilora.mora import adapter_parameters, attach
 from minilora.unet import Denoiser
 from minilora.vae import VAE
 from minilora.vit import ViT
-
-
-@contextmanager
-def refusing(place):
-    """Turn what a lesson file raises at sizes or names that do not fit into `Refused` with the
-    place they come from."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise Refused(f"{place}: {error}") from None
 
 
 def build(vit_config, base, method, rank, seed, state=None, places=("the base", "the adapter")):

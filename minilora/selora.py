@@ -28,6 +28,11 @@ KINDS = (nn.Linear, nn.Conv2d)
 GROWTH = ("ratio", "gain", "random", "cheapest")  # rules of `grow`, asked again and again
 
 
+def cast(weight, dtype):
+    """The weight in a dtype; where it has that, without a call of torch in every forward."""
+    return weight if weight.dtype == dtype else weight.to(dtype)
+
+
 class LoRALayer(nn.Module):
     """What both layers share. Growing is `layer.rank += 1`: row `rank` of the 0/1 buffer `active`
     opens.
@@ -84,17 +89,18 @@ class LoRALayer(nn.Module):
     def look(self):
         """Make `mask` again where `active` was written: an average of models leaves fractions in
         it, and a row that any of them opened is open."""
-        if self._seen != (id(self.active), self.active._version):
-            self._seen = (id(self.active), self.active._version)
+        active = self.active
+        if self._seen != (id(active), active._version):
+            self._seen = (id(active), active._version)
             self._rank = None
-            self.mask = (self.active > 0).to(self.active.dtype)
+            self.mask = (active > 0).to(active.dtype)
 
-    def open_B(self, dtype):
+    def open_B(self):
         """active * B, [C,d_out]: the waiting rows are zero and get no gradient."""
         if torch.compiler.is_compiling():  # versions cannot be read there
-            return ((self.active > 0) * self.B).to(dtype)
+            return (self.active > 0) * self.B
         self.look()
-        return (self.mask * self.B).to(dtype)
+        return self.mask * self.B
 
     @property
     def weight(self):
@@ -119,14 +125,14 @@ class LoRALinear(LoRALayer):
 
     def forward(self, x):
         y = self.base(x)
-        h = x @ self.A.to(x.dtype)  # [...,C]
+        h = x @ cast(self.A, x.dtype)  # [...,C]
         rows = y.reshape(-1, self.d_out)  # addmm adds them, without a pass over y of its own
         h = h.reshape(-1, h.shape[-1])
-        return torch.addmm(rows, h, self.open_B(h.dtype), alpha=self.scale).view_as(y)
+        return torch.addmm(rows, h, cast(self.open_B(), h.dtype), alpha=self.scale).view_as(y)
 
     def delta(self):
         """The change of the base's weight, [d_out,d_in]."""
-        return self.scale * (self.A @ self.open_B(self.A.dtype)).T
+        return self.scale * (self.A @ self.open_B()).T
 
 
 class LoRAConv2d(LoRALayer):
@@ -142,9 +148,10 @@ class LoRAConv2d(LoRALayer):
         if x.dim() == 3:  # an image without a batch, which the plain layer takes as well
             return self.forward(x.unsqueeze(0)).squeeze(0)
         y = self.base(x)
-        h = self.down(x, self.A.to(x.dtype)).flatten(2)  # [N,C,H'W']
-        up = self.open_B(h.dtype).T.expand(x.shape[0], -1, -1)  # [N,c_out,C], the 1x1 convolution
-        return torch.baddbmm(y.flatten(2), up, h, alpha=self.scale).view_as(y)
+        h = self.down(x, cast(self.A, x.dtype)).flatten(2)  # [N,C,H'W']
+        up = self.open_B().T.expand(x.shape[0], -1, -1)  # [N,c_out,C], the 1x1 convolution
+        # Cast only now: the gradient of B is summed over samples in float32.
+        return torch.baddbmm(y.flatten(2), cast(up, h.dtype), h, alpha=self.scale).view_as(y)
 
     def down(self, x, A):
         """x [N,c_in,H,W] convolved with filters A [j,c_in,k,k], as the base does -> [N,j,H',W']."""
@@ -152,7 +159,7 @@ class LoRAConv2d(LoRALayer):
 
     def delta(self):
         """The change of the base's weight, [c_out,c_in,k,k]."""
-        return self.scale * torch.einsum("ro,rcij->ocij", self.open_B(self.A.dtype), self.A)
+        return self.scale * torch.einsum("ro,rcij->ocij", self.open_B(), self.A)
 
 
 def inject(model, targets=None, rank=1, capacity=8, scale=2.0):
@@ -528,7 +535,7 @@ def fisher(layer, calls, expected):
     dtype = torch.promote_types(layer.A.dtype, torch.float32)
     # A's open columns and K; B's open rows, or at rank 0 a waiting one, which counts as zeros.
     A = layer.A.narrow(layer.axis, 0, min(r + 1, layer.capacity)).to(dtype)
-    B = layer.open_B(dtype)[:max(r, 1)]
+    B = layer.open_B()[:max(r, 1)].to(dtype)
     calls = [(x.to(dtype), g.to(dtype)) for x, g in calls]
     parts = zip(*(factors(layer, x, g, A, B) for x, g in calls))
     h, g, x, u = (join(part) for part in parts)

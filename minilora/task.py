@@ -49,11 +49,9 @@ def check(cfg):
         )
     if cfg.positions == 1:
         raise Refused("--positions is 1; must be 0 or at least 2")
-    try:
+    with data.refusing():  # sizes that do not fit together
         ViT(("image",), image_size=cfg.image_size, patch=cfg.patch, width=cfg.width, depth=1,
             heads=cfg.heads, absent=cfg.absent)
-    except ValueError as error:  # sizes that do not fit together
-        raise Refused(str(error)) from None
     return dict(map(parse_rate, cfg.lr)), kept_job(cfg)
 
 
