@@ -362,8 +362,7 @@ def run_job(cfg, ctx, job, seed):
 
 
 def inject(cfg, pairs, model, job, seed, train, replay):
-    """Freeze the base and put adapters on it, with the ranks that the rule gives them before the
-    first step; `replay`: the ranks that rule starts from."""
+    """Freeze the base and put adapters on it, with the ranks that the rule starts from."""
     torch.manual_seed(seed)
     planned = job.rule in (*ranks.PLANS, "replay")
     selora.inject(model, cfg.targets or None, 0 if planned else job.rank, cfg.capacity)
@@ -401,8 +400,7 @@ def evaluate(cfg, ctx, model, seed):
 
 
 def check(cfg):
-    """Refuse what cannot be run, before data is read; returns the keyword arguments of autoencoder
-    and denoiser."""
+    """Refuse what cannot be run, before data is read; returns the denoiser's keyword arguments."""
     with refusing():  # rules and sizes that do not fit together
         ranks.check_rules(cfg)
         vae = VAE(cfg.image_size, 1, cfg.latent, cfg.factor, cfg.vae_width)
@@ -417,7 +415,7 @@ def check(cfg):
 
 def check_adapters(cfg, config):
     """Refuse targets, budget and ranks to replay that do not fit the denoiser; returns (what rank 1
-    everywhere costs, {seed: ranks to replay}, a line that says what is adapted). """
+    everywhere costs, {seed: ranks to replay}, a line that says what is adapted)."""
     model = Denoiser(**config)
     total = sum(p.numel() for p in model.parameters())
     with refusing():
