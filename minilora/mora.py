@@ -207,7 +207,7 @@ def presence_of(block, x):
         raise RuntimeError("MoRABlock.present cannot be compiled: pass present as an argument")
     try:
         past = PAST.setdefault(x.untyped_storage(), {})
-    except NotImplementedError:  # a tensor of torch.func, which has no memory of its own
+    except RuntimeError:  # a tensor of torch.func, which has no memory of its own
         past = {}
     place = (weakref.ref(block), x.storage_offset(), x.shape, x.stride())
     call = caller(block)
