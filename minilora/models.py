@@ -16,6 +16,8 @@ from minilora.unet import Denoiser
 from minilora.vae import VAE
 from minilora.vit import ViT
 
+HEAD = ("pooler.", "head.")  # what trains in every method, unless the head is locked
+
 
 def build(vit_config, base, method, rank, seed, state=None, places=("the base", "the adapter")):
     """The frozen base with a method's adapter, fresh from `seed` or with a trained `state`.
@@ -51,9 +53,8 @@ def without_head(vit):
 
 def kept_weights(model):
     """{name: parameter} of what a run keeps of an adapted model: what trains, pooler and head."""
-    kept = ("pooler.", "head.")  # they do not train where the head is locked
     named = model.named_parameters()
-    return {n: p for n, p in named if p.requires_grad or n.startswith(kept)}
+    return {n: p for n, p in named if p.requires_grad or n.startswith(HEAD)}
 
 
 def count(model):
@@ -104,7 +105,7 @@ def check_base(path, adapter, base_hash):
 def load_head(model, path, seed, base_hash):
     """Put the head that method `head` trained at this seed into a model, and freeze it."""
     head = read_adapter(path, "mora adapter", "head", seed, base_hash)
-    expected = {n: p for n, p in model.named_parameters() if n.startswith(("pooler.", "head."))}
+    expected = {n: p for n, p in model.named_parameters() if n.startswith(HEAD)}
     checkpoint.check_weights(f"{path}: entry 'state'", head["state"], expected)
     model.load_state_dict(head["state"], strict=False)
     model.pooler.requires_grad_(False)
