@@ -5,8 +5,7 @@ PY = .venv/bin/python
 DEMO = --out runs/demo/mora --seeds 1 --phantoms 3000 --steps 400 --pretrain-steps 600 --resume \
        --lr head:0.03 lora:0.03 mora:0.03 mora-open:0.03 full:0.003
 
-SELORA = --out runs/demo/selora --seeds 1 --phantoms 3000 --steps 240 --every 20 --vae-steps 250 --pretrain-steps 500 \
-         --width 28 --text-width 32 --heads 2 --lr 1e-2 --judge runs/demo/mora --resume
+SELORA = --out runs/demo/selora --seeds 1 --phantoms 3000 --width 28 --text-width 32 --heads 2 --judge runs/demo/mora --resume
 
 .PHONY: install demo test test-long bench clean
 
@@ -37,7 +36,7 @@ demo: install
 	@echo "== both: draw the missing image from the words, then diagnose"
 	$(PY) export.py predict runs/demo/mora/onnx --data runs/demo/mora/phantoms.npz --synthesizer runs/demo/selora/onnx \
 	    --split runs/demo/mora/split-s0.npz --missing any:0.7 --steps 10 --out runs/demo/mora/filled.csv
-	@echo "== look at macro_f1.png in runs/demo/mora, ranks.png, samples.png and sheet.png in runs/demo/selora; next: README.md"
+	@echo "== look at macro_f1.png in runs/demo/mora; samples.png, strip.png, ranks.png and sheet.png in runs/demo/selora; next: README.md"
 
 # The suite in two halves of about the same time, one on each core; the second is printed when both are through.
 HALF = tests/test_processes.py tests/test_synthesis.py tests/test_train_selora.py tests/test_selora.py tests/test_studies.py

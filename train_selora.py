@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import tyro
 
-from minilora import checkpoint, data, diffusion, judge, ranks, report, selora
+from minilora import checkpoint, data, diffusion, judge, ranks, report, samples, selora
 from minilora.cli import Bounds, Natural, Positive, Share, guarded
 from minilora.data import refusing
 from minilora.loop import Log, Loop, rows_at, warm_cosine
@@ -32,6 +32,7 @@ from minilora.models import load_judge
 from minilora.processes import average, leader, own_part, pick_device, wait, world
 from minilora.ranks import ranks_of
 from minilora.report import REFERENCES
+from minilora.samples import judge_of, pixels, set_grain
 from minilora.task import finished_rule, latents, read_studies, reconstruction_error
 from minilora.unet import Denoiser
 from minilora.vae import VAE, augment, vae_loss
@@ -41,9 +42,10 @@ SAVE_EVERY = 100  # steps
 LOG_EVERY = 20  # steps
 PRESETS = {
     "small": {},
-    "base": dict(width=128, text_width=256, text_depth=2, heads=8, vae_width=32, buckets=8192),
+    "base": dict(image_size=64, width=128, text_width=256, text_depth=2, heads=8, vae_width=32,
+                 buckets=8192, positions=32, pretrain_steps=10000, steps=2000),
     "large": dict(image_size=64, width=416, text_width=256, text_depth=2, heads=8, vae_width=64,
-                  buckets=8192, positions=32),
+                  buckets=8192, positions=32, pretrain_steps=30000, steps=4000, batch=64),
 }
 
 
@@ -75,19 +77,19 @@ class Config:
     budget: Natural = 0
     # Run folder whose final ranks `--rule replay` starts from, seed by seed.
     replay: Path | None = None
-    # Run folder of train_mora.py: its frozen ViT measures the samples by Frechet distance and, on
-    # phantoms, agreement.
+    # Run folder of train_mora.py: its frozen ViT measures the samples by Frechet distance and by
+    # agreement with the words.
     judge: Path | None = None
     # Regular expression over full layer names; empty: every Linear and Conv2d.
     targets: str = ""
     # Run every rule at the budgets of uniform rank 1 and 2, and print the comparison.
     rules_table: bool = False
-    steps: Positive = 800  # Adaptation steps.
+    steps: Positive = 900  # Adaptation steps.
     batch: Positive = 32  # Samples per step.
     # Peak learning rate of adapters; full fine-tuning gets a tenth.
     lr: Annotated[float, Bounds(above=0, below=10)] = 1e-2
     image_size: Positive = 32  # Images are resized to this.
-    factor: Positive = 4  # Image size over latent size, a power of two.
+    factor: Positive = 2  # Image size over latent size, a power of two.
     latent: Positive = 4  # Latent channels.
     vae_width: Positive = 16  # Width of the autoencoder.
     width: Positive = 48  # Width of the UNet.
@@ -96,17 +98,21 @@ class Config:
     heads: Positive = 4  # Attention heads.
     buckets: Annotated[int, Bounds(low=16)] = 2048  # Hash buckets for words.
     positions: Annotated[int, Bounds(low=2)] = 16  # Word positions of a note; longer notes are cut.
-    vae_steps: Positive = 400  # Steps of pretraining the autoencoder.
-    pretrain_steps: Positive = 1200  # Steps of pretraining the denoiser.
+    vae_steps: Positive = 500  # Steps of pretraining the autoencoder.
+    pretrain_steps: Positive = 2000  # Steps of pretraining the denoiser.
     # Phantoms to draw of a domain where no file is given.
     phantoms: Positive = 4000
     # Share of the training split to adapt with, for scarce data; as in train_mora.py.
     train_share: Share = 1.0
-    schedule: str = "cosine"  # Noise schedule: cosine or linear.
+    # Noise over signal at every timestep, as a multiple of the cosine schedule's.
+    noisier: Annotated[float, Bounds(above=0, below=1e4)] = 9.0
     # Classifier-free guidance of the samples.
-    guidance: Annotated[float, Bounds(low=0, below=1e6)] = 2.0
+    guidance: Annotated[float, Bounds(low=0, below=1e6)] = 3.0
+    # Add to samples the pixel noise that the autoencoder leaves out; --no-grain where what it
+    # leaves out is not noise.
+    grain: bool = True
     sample_steps: Positive = 20  # DDIM steps of the samples.
-    # Replaces sizes left at their defaults: small (none), base (8M parameters) or large (57M,
+    # Replaces sizes left at their defaults: small (none), base (9M parameters) or large (57M,
     # 64x64, for a GPU).
     preset: str = "small"
     device: str = "auto"  # auto, cpu, cuda or cuda:N.
@@ -131,11 +137,16 @@ class Pairs:
 
     def batch_at(self, seed, step, train, batch):
         """(rows of `train` [B], timesteps [B], noise [B,L,s,s], words [B,P], 10% of them dropped),
-        drawn from (seed, step) alone."""
+        drawn from (seed, step) alone. One timestep from each B-th part of the schedule: gradients
+        then vary less than with independent ones."""
         device = self.z.device
         rows = torch.from_numpy(train[rows_at(seed, step, len(train), batch)]).to(device)
         generator = torch.Generator(device).manual_seed((seed + 1) * 1_000_003 + step)
-        t = torch.randint(0, len(self.alphas), (batch,), generator=generator, device=device)
+        steps = len(self.alphas)
+        part = torch.randperm(batch, generator=generator, device=device)
+        within = torch.rand(batch, generator=generator, device=device)
+        t = (part + within) / batch * steps  # [B] in [0, steps]: rounding can reach the end
+        t = t.long().clamp(max=steps - 1)
         shape = (batch, *self.z.shape[1:])
         noise = torch.randn(shape, generator=generator, device=device, dtype=self.z.dtype)
         return rows, t, noise, diffusion.drop_words(self.ids[rows], generator)
@@ -246,7 +257,7 @@ def train_vae(config, steps, images, stop, last):
         shape = (len(x), vae.latent, vae.size, vae.size)
         noise = torch.randn(shape, generator=generator, device=device)
         optimizer.zero_grad()
-        error, _, loss = vae_loss(vae, x, noise, kl=1e-4)
+        error, _, loss = vae_loss(vae, x, noise, kl=1e-5)
         loss.backward()
         loop.note(error)
         optimizer.step()
@@ -255,25 +266,24 @@ def train_vae(config, steps, images, stop, last):
     return {"config": vae.config, "state": vae.state_dict()}
 
 
-def pretrain(cfg, config, pairs, stop, last):
-    """The denoiser, trained on the source's latents and words; what is kept is its running
-    average."""
+def pretrain(cfg, config, pairs, train, stop, last):
+    """The denoiser, trained on the latents and words of the source's rows `train`; what is kept is
+    its running average."""
     torch.manual_seed(0)
     model = Denoiser(**config).to(pairs.z.device)
     # The average gets no gradient, but it is saved and comes back with the model.
     average = copy.deepcopy(model)
     both = torch.nn.ModuleDict({"model": model, "average": average})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(cfg.pretrain_steps))
-    everything = np.arange(len(pairs.z))
 
     def rows_of(step):
-        return rows_at(2, step, len(pairs.z), cfg.batch)
+        return train[rows_at(2, step, len(train), cfg.batch)]
 
     loop = Loop("denoiser", cfg.pretrain_steps, both, rows_of, last, stop, of=last.name,
                 optimizer=optimizer, schedule=schedule, save_every=SAVE_EVERY, together=False)
     for step in loop:
-        rows, t, noise, words = pairs.batch_at(2, step, everything, cfg.batch)
+        rows, t, noise, words = pairs.batch_at(2, step, train, cfg.batch)
         optimizer.zero_grad()
         loss = diffusion.denoising_loss(model, pairs.z[rows], words, t, noise, pairs.alphas)
         loss.backward()
@@ -302,22 +312,13 @@ class Context:
     log: Log
     stop: object
     replay: dict  # {seed: ranks that --rule replay starts from}
-    vit: torch.nn.Module | None  # the judge's, or None without --judge
-    judges: dict = field(default_factory=dict)  # {seed: what `judge.prepare` gives}
+    judges: dict = field(default_factory=dict)  # {seed: its `Judge`}, empty without --judge
 
     def model(self):
         """A fresh copy of the pretrained denoiser, on the device."""
         model = Denoiser(**self.config)
         model.load_state_dict(self.base)
         return model.to(self.pairs.z.device)
-
-    def images(self, cfg, model, rows):
-        """uint8 images [n,S,S] or [n,S,S,3] from the words of the rows; noise by row, so that an
-        image is its own."""
-        ids = self.pairs.ids[rows]
-        return diffusion.draw_images(
-            model, self.vae, ids, rows, cfg.sample_steps, cfg.guidance, self.pairs.alphas
-        )
 
 
 def run_job(cfg, ctx, job, seed):
@@ -390,9 +391,10 @@ def evaluate(cfg, ctx, model, seed):
         "heldout_loss": heldout_loss(model, ctx.pairs, ctx.parts[seed]["test"]),
         "val_loss": heldout_loss(model, ctx.pairs, ctx.parts[seed]["val"]),
     }
-    if ctx.vit:
-        images = ctx.images(cfg, model, ctx.judges[seed]["rows"])
-        result |= judge.verdict(ctx.vit, ctx.judges[seed], images)
+    if ctx.judges:
+        rows = ctx.judges[seed].rows  # each draws its own noise
+        images = samples.draw(cfg, model, ctx.vae, ctx.pairs, rows, rows)
+        result |= judge.verdict(ctx.judges[seed], images)
     return result
 
 
@@ -408,7 +410,7 @@ def check(cfg):
         for name in ("width", "heads", "buckets", "positions", "text_width", "text_depth"):
             config[name] = getattr(cfg, name)
         Denoiser(**config)
-        diffusion.alphas_cumprod(kind=cfg.schedule)
+        diffusion.alphas_cumprod(noisier=cfg.noisier)
         diffusion.timesteps(cfg.sample_steps)
     return config
 
@@ -435,15 +437,14 @@ def check_adapters(cfg, config):
 
 
 def prepare(cfg, config, studies, device, stop):
-    """Images -> latents, words -> ids, and the base, pretrained on the source or cached: (pairs of
-    the target, autoencoder, the denoiser's state, its hash)."""
+    """Images -> latents, words -> ids, and the base, pretrained on the source or cached: ({role:
+    pairs}, autoencoder, the denoiser's state, its hash, held-out rows of the source)."""
+    source = studies["source"]
     channels = 3 if any(study.images.ndim == 4 for study in studies.values()) else 1
-    fixed = [2, data.fingerprint(studies["source"]), channels]
+    fixed = [3, data.fingerprint(source), channels]
     fixed += [cfg.image_size, cfg.latent, cfg.factor, cfg.vae_width, cfg.vae_steps]
-    images = {}  # {role: [N,ch,S,S] in [-1,1]}
-    for role, study in studies.items():
-        prepared = data.prepare_images(study.images, cfg.image_size, channels)
-        images[role] = torch.from_numpy(prepared).to(device)
+    heldout = data.split(source, 0)["test"]  # the base is judged by images that it has not seen
+    train = np.setdiff1d(np.arange(len(source)), heldout)
     sizes = dict(
         image_size=cfg.image_size,
         channels=channels,
@@ -451,14 +452,16 @@ def prepare(cfg, config, studies, device, stop):
         factor=cfg.factor,
         width=cfg.vae_width,
     )
-    vae_path = Path(f"runs/base/vae-{data.digest(fixed)[:16]}.pt")
-    train = partial(train_vae, sizes, cfg.vae_steps, images["source"], stop)
-    content = checkpoint.cached(vae_path, "vae", train)
-    vae = VAE(**sizes)
-    checkpoint.check_weights(vae_path, content["state"], vae.state_dict())
+    vae = VAE(**sizes).to(device).requires_grad_(False)
+    images = {role: pixels(study, vae) for role, study in studies.items()}  # [N,ch,S,S]
+    # The autoencoder,
+    path = Path(f"runs/base/vae-{data.digest(fixed)[:16]}.pt")
+    pretrained = partial(train_vae, sizes, cfg.vae_steps, images["source"][train], stop)
+    content = checkpoint.cached(path, "vae", pretrained)
+    checkpoint.check_weights(path, content["state"], vae.state_dict())
     vae.load_state_dict(content["state"])
-    vae = vae.to(device).requires_grad_(False)
-    alphas = diffusion.alphas_cumprod(kind=cfg.schedule, device=device)
+    # what it makes of both studies,
+    alphas = diffusion.alphas_cumprod(noisier=cfg.noisier, device=device)
     pairs = {}
     for role, study in studies.items():
         z = latents(vae, images[role])
@@ -466,13 +469,14 @@ def prepare(cfg, config, studies, device, stop):
         pairs[role] = Pairs(z, ids, alphas)
         error = reconstruction_error(vae, z, images[role])
         print(f"autoencoder: mean squared error {error:.4f} on the {role}, images in [-1,1]")
-    base_hash = data.digest([*fixed, config, cfg.schedule, cfg.pretrain_steps, cfg.batch])[:16]
-    train = partial(pretrain, cfg, config, pairs["source"], stop)
+    # and the denoiser.
+    base_hash = data.digest([*fixed, config, cfg.noisier, cfg.pretrain_steps, cfg.batch])[:16]
+    pretrained = partial(pretrain, cfg, config, pairs["source"], train, stop)
     path = Path(f"runs/base/unet-{base_hash}.pt")
-    content = checkpoint.cached(path, "denoiser", train)
+    content = checkpoint.cached(path, "denoiser", pretrained)
     with torch.device("meta"):  # names and shapes only: nothing is allocated or drawn
         checkpoint.check_weights(path, content["state"], Denoiser(**config).state_dict())
-    return pairs["target"], vae, content["state"], base_hash
+    return pairs, vae, content["state"], base_hash, heldout
 
 
 def main(argv=None):
@@ -503,22 +507,33 @@ def run(cfg, stop):
     if leader():
         for seed, split in parts.items():
             data.write_atomic(cfg.out / f"split-s{seed}.npz", data.npz_bytes(split))
-    pairs, vae, base, base_hash = prepare(cfg, config, studies, device, stop)
+    pairs, vae, base, base_hash, heldout = prepare(cfg, config, studies, device, stop)
     log = Log(cfg.out / "log.jsonl")
-    ctx = Context(target, parts, pairs, config, base, base_hash, vae, log, stop, replay, vit)
+    ctx = Context(target, parts, pairs["target"], config, base, base_hash, vae, log, stop, replay)
+    on_source = {}
+    if vit:
+        source = (studies["source"], pairs["source"], heldout)
+        on_source = samples.judge_base(cfg, vit, *source, ctx.model().eval(), vae)
+    # Notes that have a word which the base was not pretrained on, [N].
+    known = torch.isin(pairs["target"].ids, pairs["source"].ids)  # [N,P]
+    new = ~known.all(1).cpu().numpy()
     results = {job.name: [] for job in jobs}
     for seed in range(cfg.seeds):  # seed by seed: the first whole comparison is there early
+        split = parts[seed]
+        set_grain(cfg, vae, target, split["train"])
         if vit:
-            ctx.judges[seed] = judge.prepare(vit, target, parts[seed], seed)
+            rows = np.concatenate([split["test"], split["val"]])
+            ctx.judges[seed] = judge_of(vit, target, vae, split["train"], rows, seed, new)
         for job in jobs:
             results[job.name].append(run_job(cfg, ctx, job, seed))
     if leader():
-        finish(cfg, ctx, identity, results)
+        finish(cfg, ctx, identity, results, on_source)
 
 
-def finish(cfg, ctx, identity, results):
+def finish(cfg, ctx, identity, results, on_source):
     """Write model.pt, metrics.json and the figures, and print the comparison."""
     target = ctx.target
+    set_grain(cfg, ctx.vae, target, ctx.parts[0]["train"])  # that of seed 0, as the adapter
     kept = next(name for name in results if name not in REFERENCES)
     model = ctx.model()
     selora.inject(model, cfg.targets or None, 0, cfg.capacity)
@@ -532,7 +547,7 @@ def finish(cfg, ctx, identity, results):
         "base_hash": ctx.base_hash,
         "vae_config": ctx.vae.config,
         "vae": ctx.vae.state_dict(),
-        "schedule": cfg.schedule,
+        "noisier": cfg.noisier,
         "targets": cfg.targets,
         "capacity": cfg.capacity,
         "adapter": results[kept][0],
@@ -542,12 +557,13 @@ def finish(cfg, ctx, identity, results):
         "synthetic_notes": target.synthetic_notes,
     }
     checkpoint.save(cfg.out / "model.pt", content)
-    metrics = report.selora_metrics(cfg, target, ctx.judges, results)
+    judges = {seed: judge.described(judging) for seed, judging in ctx.judges.items()}
+    metrics = report.selora_metrics(cfg, target, judges, results, on_source)
     checkpoint.write_json(cfg.out / "metrics.json", metrics)
     print(report.selora_table(metrics, checkpoint.read_json(cfg.out / "timings.json", {})))
     report.rank_figure(metrics, cfg.steps, cfg.out / "ranks.png")
-    rows = ctx.parts[0]["test"][:8]
-    report.sheet(target, rows, ctx.images(cfg, model.eval(), rows), cfg.out / "samples.png")
+    models = {"base, before": ctx.model().eval(), f"after {kept}": model.eval()}
+    samples.show(cfg, target, ctx.parts[0], ctx.pairs, ctx.vae, models)
     print(f"run folder: {cfg.out}; export {kept}, seed 0, with: python export.py selora {cfg.out}")
 
 

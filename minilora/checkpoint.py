@@ -55,7 +55,7 @@ GROUP |= {"params": [0], "betas": [float, float]}
 VIT = dict.fromkeys(("classes", "image_size", "channels", "patch", "width", "depth", "heads"), 1)
 VIT |= {"buckets": 1, "positions": 1, "modalities": [str], "columns": {str: [0]}, "absent": str}
 DENOISER = dict.fromkeys(("latent", "size", "width", "heads", "buckets", "positions"), 1)
-DENOISER |= {"text_width": 1, "text_depth": 0, "levels?": 1}
+DENOISER |= {"text_width": 1, "text_depth": 0}
 VAE = dict.fromkeys(("image_size", "channels", "latent", "factor", "width"), 1)
 FORMS = {
     "mora": {
@@ -80,7 +80,7 @@ FORMS = {
         "base_hash": str,
         "vae_config": VAE,
         "vae": WEIGHTS,
-        "schedule": str,
+        "noisier": float,
         "targets": str,
         "capacity": 1,
         "adapter": ADAPTER,

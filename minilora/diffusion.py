@@ -1,12 +1,14 @@
-"""Noise schedule, training loss and sampler: they turn a noise-predicting network into a generator.
+"""Noise schedule, training loss and sampler: they turn a network into a generator of images.
 
     z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) noise,  a_t = alphas_cumprod[t]
+    v_t = sqrt(a_t) noise - sqrt(1 - a_t) z_0
 
-Training predicts the noise in z_t (Ho et al., arXiv 2006.11239, eq. 4). Sampling walks back from
+Training predicts the velocity v_t (Salimans and Ho, arXiv 2202.00512). (z_t, v_t) is (z_0, noise)
+rotated, so both can be read off by rotating back, at any a_t, 0 included. Sampling walks back from
 pure noise by DDIM (Song et al., arXiv 2010.02502), which is deterministic: the same noise and words
-give the same image. A `model` is any callable (z_t, t, ids) -> noise.
+give the same image. A `model` is any callable (z_t, t, ids) -> v_t.
 
-Skip this file if you know DDPM, DDIM and classifier-free guidance: nothing in it is adapted.
+Skip this file if you know DDIM, velocity and classifier-free guidance: nothing in it is adapted.
 
 Letters: B batch, L latent channels, S latent size, P word positions.
 """
@@ -20,47 +22,40 @@ PAD = 0  # word ids, as `words.tokenize` writes them: padding, and
 CLS = 1  # the classification token that starts every prompt
 
 
-def alphas_cumprod(steps=1000, kind="cosine", device=None):
-    """Share of signal a_t [steps], float64, falling, in (0, 1].
+def alphas_cumprod(steps=1000, noisier=9.0, device=None):
+    """Share of signal a_t [steps], float64, falling, in [0, 1): a_t = 1 / (1 + noisier . tan^2 of an
+    angle that grows linearly with t to 90 degrees).
 
-    cosine: a_t = cos^2 of an angle that grows linearly with t (Nichol and Dhariwal, arXiv
-    2102.09672), but ending at a = 0.005, about where Stable Diffusion's schedule ends, instead of
-    0: the first DDIM step multiplies the network's error by up to 1 / sqrt(a), which showed as
-    images of the wrong brightness. linear: the product of 1 - beta, beta from 1e-4 to 0.02 over
-    1000 steps, scaled to other lengths. ValueError for another kind or steps < 1."""
+    noisier = 1 is the cosine schedule (Nichol and Dhariwal, arXiv 2102.09672). More multiplies the
+    variance of the noise over that of the signal (Hoogeboom et al., arXiv 2301.11093): more of the
+    timesteps then decide what is drawn, where the words matter. It ends at no signal, which is what
+    sampling starts from (Lin et al., arXiv 2305.08891). ValueError for what gives no schedule."""
     if steps < 1:
         raise ValueError(f"a schedule of {steps} steps; need at least 1")
-    if kind == "cosine":
-        first = 0.008 * math.pi / 2
-        last = math.acos(math.sqrt(5e-3))
-        return torch.linspace(first, last, steps, dtype=torch.float64, device=device).cos() ** 2
-    if kind == "linear":
-        betas = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64, device=device) * (1000 / steps)
-        return (1 - betas.clamp_max(0.999)).cumprod(0)
-    raise ValueError(f"schedule '{kind}' is not known; use cosine or linear")
+    if not 0 < noisier < math.inf:
+        raise ValueError(f"a schedule {noisier} times as noisy; need a number above 0")
+    angle = torch.linspace(0, math.pi / 2, steps + 1, dtype=torch.float64, device=device)[1:]
+    return angle.cos() ** 2 / (angle.cos() ** 2 + noisier * angle.sin() ** 2)
 
 
-def _like(alphas, z):
-    """Entries of the schedule, one number or [B], ready to multiply z [B,L,S,S]."""
-    return alphas.to(z).reshape(-1, *[1] * (z.dim() - 1))
-
-
-def add_noise(z, noise, alpha):
-    """z_t [B,L,S,S] of latents and noise of that shape; alpha [B] or a number [] is a_t."""
-    alpha = _like(alpha, z)
-    return alpha.sqrt() * z + (1 - alpha).sqrt() * noise
+def diffuse(z, noise, alpha):
+    """(z_t, v_t), each [B,L,S,S], of latents and noise of that shape; alpha [B] or a number is a_t."""
+    alpha = alpha.to(z).reshape(-1, *[1] * (z.dim() - 1))  # [B,1,1,1]
+    signal = alpha.sqrt()
+    rest = (1 - alpha).sqrt()
+    return signal * z + rest * noise, signal * noise - rest * z
 
 
 def denoising_loss(model, z, ids, t, noise, alphas=None, per_sample=False):
-    """Mean squared error of the predicted noise: a scalar, or [B] with `per_sample`.
+    """Mean squared error of the predicted velocity: a scalar, or [B] with `per_sample`.
 
     z [B,L,S,S] clean latents, ids [B,P], t [B] int64 in [0, steps), noise [B,L,S,S]: all drawn
     outside, so that a held-out loss can fix them. `alphas` is the schedule, by default
     `alphas_cumprod()`."""
     if alphas is None:
         alphas = alphas_cumprod(device=z.device)
-    prediction = model(add_noise(z, noise, alphas[t]), t, ids)
-    error = F.mse_loss(prediction, noise, reduction="none")  # [B,L,S,S]
+    noisy, velocity = diffuse(z, noise, alphas[t])
+    error = F.mse_loss(model(noisy, t, ids), velocity, reduction="none")  # [B,L,S,S]
     return error.flatten(1).mean(1) if per_sample else error.mean()
 
 
@@ -72,7 +67,7 @@ def null_prompt(ids):
 
 def drop_words(ids, generator, p=0.1):
     """ids [B,P] in which each row became the null prompt with probability p: one network then
-    learns the conditional and the unconditional noise (Ho and Salimans, arXiv 2207.12598).
+    learns the conditional and the unconditional model (Ho and Salimans, arXiv 2207.12598).
     `generator` is seeded by the caller per step."""
     drop = torch.rand(ids.shape[0], 1, generator=generator, device=generator.device) < p  # [B,1]
     return torch.where(drop.to(ids.device), null_prompt(ids), ids)
@@ -88,28 +83,29 @@ def timesteps(steps, schedule=1000):
     return (torch.arange(steps, 0, -1, dtype=torch.float64) * schedule / steps).round().long() - 1
 
 
-def ddim_step(z, eps, alpha_t, alpha_prev):
-    """z at the next, less noisy timestep: read z_0 off the predicted noise, then put as much noise
-    back as `alpha_prev` asks for (arXiv 2010.02502, eq. 12 with sigma = 0). alpha_prev = 1 gives
+def ddim_step(z, v, alpha_t, alpha_prev):
+    """z at the next, less noisy timestep: read z_0 and the noise off the predicted velocity, then
+    mix them as `alpha_prev` asks for (arXiv 2010.02502, eq. 12 with sigma = 0). alpha_prev = 1 gives
     z_0. A pure function of tensors [B,L,S,S] and numbers [], so that a graph's loop can hold it."""
-    z0 = (z - (1 - alpha_t).sqrt() * eps) / alpha_t.sqrt()
-    return alpha_prev.sqrt() * z0 + (1 - alpha_prev).sqrt() * eps
+    z0 = alpha_t.sqrt() * z - (1 - alpha_t).sqrt() * v
+    noise = (1 - alpha_t).sqrt() * z + alpha_t.sqrt() * v
+    return alpha_prev.sqrt() * z0 + (1 - alpha_prev).sqrt() * noise
 
 
-def guided_noise(model, z, t, ids, guidance):
+def guided_velocity(model, z, t, ids, guidance):
     """Classifier-free guidance: null + guidance . (conditional - null), from one forward of 2B
-    samples. 0 ignores the words, 1 is the conditional model, more exaggerates what the words say.
-    """
+    samples. 0 ignores the words, 1 is the conditional model, more exaggerates what they say."""
     both = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([ids, null_prompt(ids)]))
     conditional, null = both.chunk(2)  # each [B,L,S,S]
     return null + guidance * (conditional - null)
 
 
 @torch.no_grad()
-def sample(model, noise, ids, steps=20, guidance=2.0, alphas=None):
+def sample(model, noise, ids, steps=20, guidance=3.0, alphas=None, trail=None):
     """Latents [B,L,S,S] from noise [B,L,S,S] ~ normal(0, 1) and word ids [B,P], by `steps`
-    deterministic DDIM steps at the `timesteps`. Sample b depends on row b only. ValueError if steps
-    is outside [1, schedule] or guidance is negative."""
+    deterministic DDIM steps at the `timesteps`. Sample b depends on row b only. `trail`, a list,
+    gets the latents after every step. ValueError if steps is outside [1, schedule] or guidance is
+    negative."""
     if alphas is None:
         alphas = alphas_cumprod(device=noise.device)
     if not 0 <= guidance < math.inf:
@@ -119,26 +115,32 @@ def sample(model, noise, ids, steps=20, guidance=2.0, alphas=None):
     signal = torch.cat([alphas[walk], alphas.new_ones(1)]).to(noise)
     z = noise
     for t, alpha_t, alpha_prev in zip(walk, signal, signal[1:]):
-        eps = guided_noise(model, z, torch.full((len(z),), t, device=z.device), ids, guidance)
-        z = ddim_step(z, eps, alpha_t, alpha_prev)
+        v = guided_velocity(model, z, torch.full((len(z),), t, device=z.device), ids, guidance)
+        z = ddim_step(z, v, alpha_t, alpha_prev)
+        if trail is not None:
+            trail.append(z)
     return z
 
 
 @torch.no_grad()
-def draw_images(model, vae, ids, seeds, steps=20, guidance=2.0, alphas=None):
+def draw_images(model, vae, ids, seeds, steps=20, guidance=3.0, alphas=None):
     """uint8 images [B,S,S] or [B,S,S,3] from word ids [B,P], decoded by `vae`, in parts of 200;
-    seeds[b] draws the noise of image b."""
+    seeds[b] draws the noise of image b, then its grain."""
     images = []
     for start in range(0, len(ids), 200):
         rows = slice(start, start + 200)
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[rows]]
-        noise = [torch.randn(vae.latent, vae.size, vae.size, generator=g) for g in generators]
-        noise = torch.stack(noise).to(ids.device)
-        z = sample(model, noise, ids[rows], steps, guidance, alphas)
-        pixels = (vae.decode(z).clamp(-1, 1) + 1) * 127.5  # [-1,1] -> [0,255]
-        images.append(pixels.round().byte().cpu())
-    images = torch.cat(images)  # [B,ch,S,S]
-    return (images[:, 0] if images.shape[1] == 1 else images.movedim(1, 3)).numpy()
+        noise = [torch.randn(vae.latent_shape, generator=g) for g in generators]
+        grain = [torch.randn(vae.image_shape, generator=g) for g in generators]
+        z = sample(model, torch.stack(noise).to(ids.device), ids[rows], steps, guidance, alphas)
+        images.append(vae.decode(z, torch.stack(grain).to(z)))  # [200,ch,S,S]
+    return pictures(torch.cat(images))
+
+
+def pictures(images):
+    """uint8 [B,S,S] or [B,S,S,3] for numpy of images [B,ch,S,S], which are about [-1,1]."""
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    return (pixels[:, 0] if pixels.shape[1] == 1 else pixels.movedim(1, 3)).numpy()
 
 
 @torch.no_grad()

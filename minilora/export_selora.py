@@ -4,7 +4,8 @@ SeLoRA's expanded ranks are merged into the weights, so its graphs are those of 
 hot-swapping the adapters are inputs instead: one base, and one adapter file per run. Skip this file
 when you read for the method.
 
-Letters: B batch, L latent channels, s latent size, P word positions, S image size, K steps, r rank.
+Letters: B batch, L latent channels, s latent size, P word positions, ch image channels, S image size,
+K steps, r rank.
 """
 
 import copy
@@ -28,7 +29,7 @@ from minilora.models import load_selora
 
 def export_selora(run, out=None, method=None, seed=None, fp16=False, hot_swap=None, name=None):
     """Write RUN/onnx: sampler.onnx (words to image in one run), denoise.onnx (one prediction of the
-    noise), golden outputs, manifest; the adapter is merged. With `hot_swap`, a folder, add this
+    velocity), golden outputs, manifest; the adapter is merged. With `hot_swap`, a folder, add this
     run's adapter to it as a file, and the base sampler if it is not there yet. Returns the folder.
     """
     saved, model, vae = load_selora(run, method, seed)
@@ -36,18 +37,19 @@ def export_selora(run, out=None, method=None, seed=None, fp16=False, hot_swap=No
         return add_adapter(Path(hot_swap), name or Path(run).name, saved, model, vae)
     out = Path(out or Path(run) / "onnx")
     adapter = saved["adapter"]
-    alphas = diffusion.alphas_cumprod(kind=saved["schedule"])
-    golden = golden_sampler(saved["config"], len(alphas))
+    alphas = diffusion.alphas_cumprod(noisier=saved["noisier"])
+    golden = golden_sampler(saved, len(alphas))
     selora.merge(model)
     with new_folder(out) as work:
         parts = traced_parts(saved, model, vae, {})
         inputs = {name: torch.from_numpy(golden[name]) for name in ("z", "t", "ids")}
-        axes = {name: {0: "batch"} for name in ("z", "t", "ids", "eps")}
+        axes = {name: {0: "batch"} for name in ("z", "t", "ids", "velocity")}
         axes["ids"][1] = "words"
-        denoise = trace(model, inputs, ["eps"], axes)
+        denoise = trace(model, inputs, ["velocity"], axes)
         if fp16:
-            # The DDIM step stays in float32: it divides by sqrt(a). The parts are converted one by
-            # one, since the converter would break a Loop that stands.
+            # The DDIM step stays in float32. In float16 the latent, whose values are about 1, would
+            # be rounded at every step, which adds up to .005 in 50 steps and .08 in 1000. The parts
+            # are converted one by one, since the converter would break a Loop that stands.
             for part in ("text", "unet", "decoder"):
                 parts[part] = to_half(parts[part])
             denoise = to_half(denoise)
@@ -71,7 +73,7 @@ def described(saved, timesteps, precision):
     """What the manifest says of a run and its base; the schedule has `timesteps`."""
     config = saved["config"]
     return {
-        "format": 1,
+        "format": serve.FORMATS["selora"],
         "kind": "selora",
         "image_size": saved["vae_config"]["image_size"],
         "channels": saved["vae_config"]["channels"],
@@ -80,7 +82,8 @@ def described(saved, timesteps, precision):
         "buckets": config["buckets"],
         "positions": config["positions"],
         "tokenizer": "crc32",
-        "schedule": saved["schedule"],
+        "prediction": "velocity",
+        "noisier": saved["noisier"],
         "timesteps": timesteps,
         "precision": precision,
         "base": saved["base_hash"],
@@ -93,16 +96,20 @@ def described(saved, timesteps, precision):
 # ---- golden outputs
 
 
-def golden_sampler(config, schedule, n=3):
-    """Inputs of the golden runs of a sampler: numpy, from a fixed seed; `schedule` timesteps."""
+def golden_sampler(saved, schedule, n=3):
+    """Inputs of the golden runs of a run's sampler: numpy, from a fixed seed; `schedule` timesteps."""
     rng = np.random.default_rng(16)
+    config = saved["config"]
+    size = saved["vae_config"]["image_size"]
+    images = (n, saved["vae_config"]["channels"], size, size)
     latents = (n, config["latent"], config["size"], config["size"])
     ids = rng.integers(3, config["buckets"], (n, config["positions"]))
     pad(ids, np.arange(1, n + 1) * config["positions"] // n)
     return {
         "noise": rng.standard_normal(latents).astype(np.float32),
+        "grain": rng.standard_normal(images).astype(np.float32),
         "ids": ids,
-        "guidance": np.float32(2),
+        "guidance": np.float32(3),
         "timesteps": serve.walk(10, schedule),
         "z": rng.standard_normal(latents).astype(np.float32),
         "t": rng.integers(0, schedule, n),
@@ -111,13 +118,14 @@ def golden_sampler(config, schedule, n=3):
 
 @torch.no_grad()
 def torch_answers(model, vae, alphas, golden):
-    """{"images" [n,ch,S,S], "eps" [n,L,s,s]}: what torch makes of golden inputs."""
-    noise, ids, z, t = (torch.from_numpy(golden[name]) for name in ("noise", "ids", "z", "t"))
+    """{"images" [n,ch,S,S], "velocity" [n,L,s,s]}: what torch makes of golden inputs."""
+    names = ("noise", "grain", "ids", "z", "t")
+    noise, grain, ids, z, t = (torch.from_numpy(golden[name]) for name in names)
     steps = len(golden["timesteps"])
     latents = diffusion.sample(model, noise, ids, steps, float(golden["guidance"]), alphas)
     return {
-        "images": vae.decode(latents).clamp(-1, 1).numpy(),
-        "eps": model(z, t, ids).numpy(),
+        "images": vae.decode(latents, grain).clamp(-1, 1).numpy(),
+        "velocity": model(z, t, ids).numpy(),
     }
 
 
@@ -162,6 +170,7 @@ def traced_parts(saved, model, vae, swapped):
         "both": {0: "two"},
         "next": {0: "batch"},
         "latents": {0: "batch"},
+        "grain": {0: "batch"},
         "images": {0: "batch"},
     }
     for name, value in swapped.items():
@@ -177,8 +186,8 @@ def traced_parts(saved, model, vae, swapped):
         conditional, null = both.reshape(2, -1, L, s, s).unbind(0)
         return diffusion.ddim_step(z, null + guidance * (conditional - null), alpha, previous)
 
-    def decode(latents):
-        return vae.decode(latents).clamp(-1, 1)
+    def decode(latents, grain):
+        return vae.decode(latents, grain).clamp(-1, 1)  # [B,ch,S,S]
 
     def traced(part, module, function, inputs, outputs):
         own = {name: value for name, value in swapped.items() if name.startswith(f"{part}.")}
@@ -191,15 +200,16 @@ def traced_parts(saved, model, vae, swapped):
     denoised = {
         "z": z,
         "t": torch.tensor([500]),
-        "words": torch.randn(4, P, model.text.config["width"]),
+        "words": torch.randn(4, P, saved["config"]["text_width"]),
         "bias": torch.zeros(4, 1, 1, P),
     }
     stepped = {"z": z, "both": both, "alpha": number, "previous": number, "guidance": number}
+    decoded = {"latents": z, "grain": torch.randn(2, *vae.image_shape)}
     return {
         "text": traced("text", model.text, encode, {"ids": ids}, ["words", "bias"]),
         "unet": traced("unet", model.unet, predict, denoised, ["both"]),
         "step": traced("step", nn.Identity(), step, stepped, ["next"]),
-        "decoder": traced("decoder", vae.decoder, decode, {"latents": z}, ["images"]),
+        "decoder": traced("decoder", vae, decode, decoded, ["images"]),
     }
 
 
@@ -240,9 +250,11 @@ def whole(name, shape):
 
 
 def sampler_model(parts, saved, alphas, swapped):
-    """One ONNX model: noise [B,L,s,s], ids [B,P], guidance [], timesteps [K] -> images [B,ch,S,S].
+    """One ONNX model: noise [B,L,s,s], grain [B,ch,S,S], ids [B,P], guidance [], timesteps [K] ->
+    images [B,ch,S,S].
 
-    `parts` are the traced prompt encoder, noise predictor, guided DDIM step and decoder. The steps
+    `parts` are the traced prompt encoder, UNet, guided DDIM step and decoder. Noise and grain are
+    normal(0, 1); the decoder multiplies the grain by its standard deviation per channel. The steps
     are an ONNX Loop; its body holds the UNet's weights, so that the CPU kernels fuse as in a plain
     graph. `swapped` {name: A or B} become inputs whose default, one rank of zeros, is the base
     (onnxruntime's Gemm refuses rank 0 itself).
@@ -251,6 +263,8 @@ def sampler_model(parts, saved, alphas, swapped):
     decode, decoder_weights = renamed(parts["decoder"].graph, "decoder/")
     size = saved["config"]["size"]
     latents = ["batch", saved["config"]["latent"], size, size]  # [B,L,s,s]
+    size = saved["vae_config"]["image_size"]
+    pixels = ["batch", saved["vae_config"]["channels"], size, size]  # [B,ch,S,S]
     body = loop_body(parts, latents)
     nodes = [
         *encode,
@@ -269,6 +283,7 @@ def sampler_model(parts, saved, alphas, swapped):
     ]
     inputs = [
         real("noise", latents),
+        real("grain", pixels),
         whole("ids", ["batch", "words"]),
         real("guidance", []),
         whole("timesteps", ["steps"]),
@@ -280,9 +295,7 @@ def sampler_model(parts, saved, alphas, swapped):
         weights.append(from_array(np.zeros(shape, np.float32), name))
         shape[axis] = f"rank {name[:-2]}"
         inputs.append(real(name, shape))
-    size = saved["vae_config"]["image_size"]
-    images = real("images", ["batch", saved["vae_config"]["channels"], size, size])
-    graph = make_graph(nodes, "sampler", inputs, [images], weights)
+    graph = make_graph(nodes, "sampler", inputs, [real("images", pixels)], weights)
     opset = make_opsetid("", OPSET)
     return make_model(graph, opset_imports=[opset], ir_version=parts["text"].ir_version)
 
@@ -320,7 +333,7 @@ def add_adapter(folder, name, saved, model, vae):
     """Put NAME.onnx_adapter into a hot-swap folder, which is made with the base's sampler if it is
     not there.
     """
-    alphas = diffusion.alphas_cumprod(kind=saved["schedule"])
+    alphas = diffusion.alphas_cumprod(noisier=saved["noisier"])
     manifest = swap_manifest(folder, name, saved["base_hash"])
     file = f"{name}.onnx_adapter"
     with new_folder(folder) as work:
@@ -330,7 +343,7 @@ def add_adapter(folder, name, saved, model, vae):
                 "adapters": {"base": None},
                 "ranks": {},
             }
-            golden = golden_sampler(saved["config"], len(alphas))
+            golden = golden_sampler(saved, len(alphas))
             golden["images base"] = write_base(
                 work / "sampler.onnx", saved, copy.deepcopy(model), vae, alphas, golden
             )

@@ -164,7 +164,7 @@ def load_selora(run, method=None, seed=None):
     saved["adapter"] = adapter
     adapter["ranks"] = ranks_in(file, adapter["state"])
     with refusing(path):
-        diffusion.alphas_cumprod(kind=saved["schedule"])
+        diffusion.alphas_cumprod(noisier=saved["noisier"])
         model = Denoiser(**saved["config"])
         vae = VAE(**saved["vae_config"])
     latents = (saved["config"]["latent"], saved["config"]["size"])

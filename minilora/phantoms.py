@@ -46,20 +46,24 @@ def phantoms(n, seed, domain="target", size=32):
     The diagnosis sets the odds of the lesion (image; in 60% of the reports too, a fifth of those
     wrong), the symptom and the history (words only) and shifts the numbers (10% NaN). Lesion size
     and haze are in the image only. The `target` domain is another scanner and another hospital:
-    inverted contrast, more noise, and mostly synonyms the source never uses. `attributes` are the
-    facts themselves, for pretraining: kind, side, symptom, history, agree (report and image state
-    the same lesion). Same arguments, same bytes."""
+    another tone curve, uneven light and more noise, narrower and taller lungs, mostly synonyms that
+    the source never uses, and pneumonia with its patchy opacity, which the source never shows.
+    `attributes` are the facts themselves, for pretraining: kind, side, symptom, history, agree
+    (report and image state the same lesion). Same arguments, same bytes."""
     target = domain == "target"
     rng = np.random.default_rng((seed, size, target))
-    diagnosis = rng.integers(0, 4, n)
+    kinds = np.array([0, 1, 2, 3] if target else [0, 2, 3])  # of lesion, and so of diagnosis
+    diagnosis = rng.choice(kinds, n)
     facts = {}
     for name, odds in ODDS.items():
-        facts[name] = np.where(rng.random(n) < odds, diagnosis, rng.integers(0, 4, n))
+        others = rng.choice(kinds, n) if name == "kind" else rng.integers(0, 4, n)
+        facts[name] = np.where(rng.random(n) < odds, diagnosis, others)
     kind = facts["kind"]
     side = rng.integers(0, 2, n)
 
     is_right = rng.random(n) < 0.8
-    other_kind = (kind + rng.integers(1, 4, n)) % 4
+    place = np.searchsorted(kinds, kind)
+    other_kind = kinds[(place + rng.integers(1, len(kinds), n)) % len(kinds)]
     stated_kind = np.where(is_right, kind, other_kind)
     states_lesion = rng.random(n) < 0.6
     haze = np.clip(0.5 * rng.random(n) + 0.4 * (diagnosis == 1), 0, 1)
@@ -124,8 +128,9 @@ def _reports(rng, claims, states_lesion, target):
     return np.array(reports)
 
 
-def _chests(rng, kind, side, haze, size, inverted):
-    """uint8 [n,S,S]: soft ellipses for thorax and lungs, one lesion, noise; all samples at once."""
+def _chests(rng, kind, side, haze, size, target):
+    """uint8 [n,S,S]: soft ellipses for thorax and lungs, one lesion, then the scanner's tone, light
+    and noise; all samples at once."""
     n = len(kind)
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / (size - 1) * 2 - 1  # [S,S] in [-1,1]
 
@@ -139,8 +144,8 @@ def _chests(rng, kind, side, haze, size, inverted):
 
     cx = between(-0.06, 0.06)
     cy = between(-0.06, 0.06)
-    wide = between(0.28, 0.36)
-    tall = between(0.55, 0.68)
+    wide = between(0.22, 0.285) if target else between(0.28, 0.36)
+    tall = between(0.655, 0.8) if target else between(0.55, 0.68)
     apart = between(0.38, 0.44)
     thorax = ellipse(0, between(0.88, 0.97), between(0.9, 1.0))
     lungs = np.maximum(ellipse(-apart, wide, tall), ellipse(apart, wide, tall))
@@ -152,16 +157,19 @@ def _chests(rng, kind, side, haze, size, inverted):
     scale = between(0.9, 1.25)
     clear = np.zeros_like(far)
     patch = 0.75 * np.exp(-((far / (0.24 * scale)) ** 2))
-    nodule = _soft((0.15 * scale - far) * 2)
+    nodule = _soft((0.18 * scale - far) * 2)
     ring = _soft((0.06 - abs(far - 0.22 * scale)) * 3)
     lesion = np.choose(kind[:, None, None], [clear, patch, nodule, ring])
 
     air = 0.45 * lungs * (1 - 0.35 * haze[:, None, None])
     image = 0.12 + 0.6 * thorax - air + 0.45 * lesion
     image = np.clip(image, 0, 1) ** between(0.85, 1.15)
-    if inverted:
-        image = 1 - image
-    image = image + rng.normal(0, 0.09 if inverted else 0.04, image.shape)
+    noise = 0.04
+    if target:
+        light = 1 + between(0.25, 0.55) * x - between(0.2, 0.5) * y  # brighter up on the right
+        image = light * image**1.6
+        noise = 0.08
+    image = image + rng.normal(0, noise, image.shape)
     return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
 
 

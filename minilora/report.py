@@ -266,25 +266,29 @@ def describe_pairs(studies, drawable):
 REFERENCES = ("unadapted", "full")  # rows without an adapter, between which the others stand
 
 
-def selora_metrics(cfg, target, judges, results):
-    """The content of metrics.json. judges {seed: what `judge.prepare` gives} or {}, results
-    {method: [content of its adapter file per seed]}."""
+def selora_metrics(cfg, target, judges, results, on_source):
+    """The content of metrics.json. judges {seed: what
+    `judge.described` gives} or {}, results {method: [content of
+    its adapter file per seed]}, on_source: what the judge says of the base on its own domain, or
+    {}."""
     methods = {}
     for name, runs in results.items():
-        methods[name] = {k: [r["result"][k] for r in runs] for k in runs[0]["result"]}
+        methods[name] = over_seeds([run["result"] for run in runs])
         for key in ("adapter_params", "trainable_params", "ranks", "history"):
             methods[name][key] = [r[key] for r in runs]
     verdict = None
     if judges:
         each = [judges[seed] for seed in range(cfg.seeds)]
-        ceiling = {k: [j["ceiling"][k] for j in each] for k in each[0]["ceiling"]}
         verdict = {
             "run": str(cfg.judge),
             "features": "mean last token of the frozen ViT of train_mora.py",
             "n": each[0]["n"],
-            "floor": [j["floor"] for j in each],
-            "ceiling": ceiling,
+            "floor": [one["floor"] for one in each],
+            "nearest": [one["nearest"] for one in each],
+            "base on its source": on_source,
         }
+        for row in ("ceiling", "chance", "autoencoder"):
+            verdict[row] = over_seeds([one[row] for one in each])
     return {
         "format": 1,
         "kind": "selora",
@@ -292,20 +296,49 @@ def selora_metrics(cfg, target, judges, results):
         "synthetic": target.synthetic,
         "synthetic_notes": target.synthetic_notes,
         "seeds": list(range(cfg.seeds)),
+        "guidance": cfg.guidance,
         "methods": methods,
         "judge": verdict,
     }
 
 
+def over_seeds(each):
+    """{measure: [its value per seed]} of a dictionary per seed; a measure that a seed lacks is left
+    out."""
+    return {name: [one[name] for one in each] for name in each[0] if all(name in o for o in each)}
+
+
+def base_table(result):
+    """What the judge says of the base on held-out images of its own domain, beside what bounds it:
+    where quality is lost before anything is adapted."""
+    rows = {
+        "real images": result["ceiling"] | {"frechet": result["floor"]},
+        "through the autoencoder": result["autoencoder"],
+        "drawn by the base": result["base"],
+        "most common answer": result["chance"],
+    }
+    names = ["frechet", *result["ceiling"]]
+    lines = [f"the base on its own domain, {result['n']} held-out images"]
+    lines.append(f"{'':26s}" + "".join(f"{name:>10s}" for name in names))
+    for row, values in rows.items():
+        lines.append(f"{row:26s}" + "".join(f"{number(values.get(k)):>10s}" for k in names))
+    return "\n".join(lines)
+
+
+def number(value):
+    """A number as a table shows it, '-' for none; the mean of a list."""
+    return "-" if value is None else f"{np.mean(value):.3f}"
+
+
 def selora_table(report, timings):
     """Held-out denoising loss per method, x 1e5, mean ± standard deviation over seeds; the gap
     closed between the unadapted base and full fine-tuning; and what the judge finds."""
-    judge = report["judge"] or {"floor": [], "ceiling": {}}
-    columns = [f"agreement_{k}" for k in judge["ceiling"]]
-    if judge["floor"]:
-        columns.insert(0, "frechet")
+    judge = report["judge"]
+    columns = []
+    if judge:
+        columns = ["frechet", "nearest", *(k for k in judge["ceiling"] if "," not in k)]
     header = f"{'method':22s}{'held-out':>14s}{'adapter':>10s}{'gap closed':>12s}{'seconds':>9s}"
-    header += "".join(f"{c.replace('_', ' '):>16s}" for c in columns)
+    header += "".join(f"{c:>10s}" for c in columns)
     title = f"{report['data']}, {data.origin(report)}; held-out denoising loss x 1e5"
     lines = ["", f"{title}, seeds: {len(report['seeds'])}", header]
     unadapted, full = (np.array(report["methods"][k]["heldout_loss"]) for k in REFERENCES)
@@ -318,14 +351,35 @@ def selora_table(report, timings):
         seconds = np.mean([timings.get(f"{name}-s{s}", 0.0) for s in report["seeds"]])
         line = f"{name:22s}{loss.mean() * 1e5:9.0f} ±{loss.std() * 1e5:3.0f}{parameters:10,.0f}"
         line += f"{closed:>11s} {seconds:9.1f}"
-        lines.append(line + "".join(f"{np.mean(method[c]):16.3f}" for c in columns))
-    if columns:
-        real = [np.mean(judge["floor"]), *(np.mean(v) for v in judge["ceiling"].values())]
-        lines.append(f"{'real images':67s}" + "".join(f"{v:16.3f}" for v in real))
-        lines.append(
-            f"judge: {judge['features']}; {judge['n']} held-out rows. Not Inception FID: compare rows here"
-        )
+        lines.append(line + "".join(f"{np.mean(method[c]):10.3f}" for c in columns))
+    if judge:
+        lines += judge_lines(judge, columns, report["methods"])
     return "\n".join([*lines, "", *selora_conclusion(report)])
+
+
+def judge_lines(judge, columns, methods):
+    """The rows below the methods that bound what the judge can say, what the columns are, and
+    agreement by words that the base knew or not."""
+    real = judge["ceiling"] | {"frechet": judge["floor"], "nearest": judge["nearest"]}
+    bounds = {
+        "through the autoencoder": judge["autoencoder"],
+        "real images": real,
+        "most common answer": judge["chance"],
+    }
+    for row, values in bounds.items():
+        yield f"{row:67s}" + "".join(f"{number(values.get(c)):>10s}" for c in columns)
+    yield (
+        f"judge: {judge['n']} held-out rows. frechet: of the {judge['features']} (not Inception FID: "
+        "compare rows here);"
+    )
+    yield (
+        "nearest: distance to the nearest training image, grey levels; the others: how often a "
+        "linear reader finds what the words state."
+    )
+    for measure in judge["ceiling"]:
+        if "," in measure:
+            each = [f"{name} {number(method.get(measure))}" for name, method in methods.items()]
+            yield f"{measure} to the base: {', '.join(each[:7])}; real {number(real[measure])}"
 
 
 def selora_conclusion(report):
@@ -474,27 +528,29 @@ def draw_bars(ax, means):
         ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def sheet(target, rows, images, path):
-    """The images drawn from the words of the rows, below the real ones; without matplotlib an .npy
-    array of them.
+def grid(path, title, tops, rows):
+    """A picture of pictures; without matplotlib an .npy array of them.
 
-    images uint8 [n,S,S] or [n,S,S,3]."""
+    rows [(label, uint8 images [n,S,S] or [n,S,S,3], n captions or None)]; tops: n texts above the
+    columns."""
     plt = pyplot()
     if plt is None:
         path = path.with_suffix(".npy")
         buffer = io.BytesIO()
-        np.save(buffer, images)
+        np.save(buffer, np.stack([images for _, images, _ in rows]))
         data.write_atomic(path, buffer.getvalue())
-        return print(f"samples: {path}")
-    real = data.resize(target.images[rows], images.shape[1])
-    size = (1.7 * len(rows), 4.4)
-    fig, axes = plt.subplots(2, len(rows), figsize=size, dpi=120, squeeze=False)
-    for column, row in enumerate(rows):
-        for ax, image in zip(axes[:, column], (real[column], images[column])):
+        return print(f"pictures: {path}")
+    n = len(rows[0][1])
+    size = (1.5 * n + 1.2, 1.55 * len(rows) + 0.9)
+    fig, axes = plt.subplots(len(rows), n, figsize=size, dpi=110, squeeze=False)
+    for line, (label, images, captions) in zip(axes, rows):
+        for column, (ax, image) in enumerate(zip(line, images)):
             ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-            ax.axis("off")
-        words = str(target.notes[row])[:90] or "(no words)"
-        axes[0, column].set_title(textwrap.fill(words, 24), fontsize=5)
-    title = f"{target.name}: real (top), sampled from the same words (bottom)"
+            ax.set(xticks=[], yticks=[])
+            if captions:
+                ax.set_xlabel(captions[column], fontsize=6)
+        line[0].set_ylabel(textwrap.fill(label, 18), fontsize=8)
+    for ax, text in zip(axes[0], tops):
+        ax.set_title(textwrap.fill(text[:90], 22), fontsize=6)
     fig.suptitle(title, fontsize=9)
     save_figure(fig, path)

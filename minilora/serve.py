@@ -25,8 +25,10 @@ import onnxruntime
 from minilora import data, words
 from minilora.data import Refused
 
+# What a manifest says of the layout of its folder; an exported folder of another format is refused.
+FORMATS = {"mora": 1, "selora": 2}
 # Parity with torch, relative to max(1, |value|): of a probability or a logit; of a pixel in [-1,1]
-# or a noise.
+# or a velocity.
 TOLERANCES = {
     ("mora", "float32"): 1e-5,
     ("mora", "float16"): 2e-2,
@@ -46,9 +48,10 @@ def tolerance(manifest):
 
 
 def read_manifest(folder, kind=None):
-    """The manifest of an exported folder, after its own hash and the hash of every file in it were
-    checked."""
+    """The manifest of an exported folder, after its own hash, its format and the hash of every file
+    in it were checked."""
     manifest = own_manifest(folder)
+    check_format(folder, manifest)
     folder = Path(folder)
     path = folder / "manifest.json"
     files = {*manifest["graphs"].values()}
@@ -68,15 +71,31 @@ def read_manifest(folder, kind=None):
     return manifest
 
 
+def check_format(folder, manifest):
+    """`Refused` unless the manifest of a folder is of the format that this version reads."""
+    written = manifest.get("format")
+    wanted = FORMATS[manifest["kind"]]
+    if type(written) is int and written == wanted:
+        return
+    writer = "another version"
+    if type(written) is int and 0 < written < wanted:
+        writer = "an earlier version"
+    raise Refused(
+        f"{folder}: exported by {writer} of minilora (format {written!s:.20}; this one reads "
+        f"{wanted}); train its run with this version and export again"
+    )
+
+
 def own_manifest(folder):
-    """manifest.json, checked against its own hash only: no other file is read."""
+    """manifest.json, checked against its own hash only: no other file is read. It may be of another
+    format, so that a folder of an earlier version can be exported over."""
     path = Path(folder) / "manifest.json"
     if not path.is_file():
         raise Refused(f"{folder}: not an exported folder (no manifest.json); export.py makes one")
     try:
         manifest = json.loads(path.read_bytes())
         body = {key: value for key, value in manifest.items() if key != "sha256"}
-        intact = manifest["sha256"] == data.digest(body) and manifest["format"] == 1
+        intact = manifest["sha256"] == data.digest(body)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         intact = False
     if not intact:
@@ -432,6 +451,11 @@ class Synthesizer:
     """Images from words, by a folder that `export.py selora` wrote: one `session.run` from noise to
     image.
 
+    The autoencoder's decoder gives the mean of the images that have a latent, without the noise of
+    a pixel. Grain is that noise, drawn back from the decoder's own distribution: normal, each pixel
+    by itself, of one standard deviation per channel, which was measured on training images. Where
+    the autoencoder leaves out structure, grain does not bring it back: it puts noise in its place.
+
     `.adapters` are the names that `sample` can take: of a merged export none, of a hot-swap folder
     'base' and one for each run. `.provider` is what onnxruntime really uses, `.manifest` what the
     folder says of itself."""
@@ -463,24 +487,27 @@ class Synthesizer:
         options.add_active_adapter(self.loaded[adapter])
         return options
 
-    def run(self, noise, ids, guidance, timesteps, adapter=None):
-        """Images [B,ch,S,S] float32 in [-1,1] from noise [B,L,s,s], ids [B,P], a number and falling
-        timesteps [K]."""
+    def run(self, noise, grain, ids, guidance, timesteps, adapter=None):
+        """Images [B,ch,S,S] float32 in [-1,1] from noise [B,L,s,s], grain [B,ch,S,S], ids [B,P], a
+        number and falling timesteps [K]. Noise and grain are normal(0, 1); grain of zeros is none.
+        """
         feed = {
             "noise": noise,
+            "grain": grain,
             "ids": ids,
             "guidance": np.array(guidance, np.float32),
             "timesteps": timesteps,
         }
         return self.session.run(["images"], feed, self.options(adapter))[0]
 
-    def sample(self, notes, steps=20, guidance=2.0, seed=0, adapter=None):
+    def sample(self, notes, steps=20, guidance=3.0, seed=0, adapter=None, grain=True):
         """uint8 [B,S,S] or [B,S,S,3], an image for each of B notes ('' draws without words).
 
         steps: DDIM steps; guidance: 0 ignores the words, 1 is the model itself, more exaggerates
-        what they say. Image b depends on note b, seed and b alone (to a grey level: sums are
-        ordered by batch). Raises `Refused`, a ValueError, that says which argument is wrong and
-        how."""
+        what they say; grain: False gives the decoder's mean, smoother than a real image. Image b
+        depends on note b, seed and b alone (to a grey level: sums are ordered by batch), and is
+        drawn from the same latent with and without grain. Raises `Refused`, a ValueError, that says
+        which argument is wrong and how."""
         if isinstance(notes, (str, bytes)) or not hasattr(notes, "__len__") or not len(notes):
             raise Refused("notes must be a list of at least one string")
         for i, note in enumerate(notes):
@@ -493,15 +520,23 @@ class Synthesizer:
             raise Refused(f"guidance is {guidance!r}; need a number from 0 to 100")
         if not within(seed, (int, np.integer), 0, 2**63 - 1):
             raise Refused(f"seed is {seed!r}; need an integer of at least 0")
+        if not isinstance(grain, bool):
+            raise Refused(f"grain is {grain!r}; need True or False")
         timesteps = walk(steps, m["timesteps"])
         ids = words.tokenize(notes, m["buckets"], m["positions"])  # [B,P]
-        shape = (m["latent"], m["latent_size"], m["latent_size"])
+        latents = (m["latent"], m["latent_size"], m["latent_size"])
+        pixels = (m["channels"], m["image_size"], m["image_size"])
         images = []
         for rows in np.split(np.arange(len(notes)), range(64, len(notes), 64)):
-            noise = [
-                np.random.default_rng((seed, b)).standard_normal(shape, np.float32) for b in rows
-            ]
-            images.append(self.run(np.stack(noise), ids[rows], guidance, timesteps, adapter))
+            noise = np.zeros((len(rows), *latents), np.float32)  # [B,L,s,s]
+            pixel_noise = np.zeros((len(rows), *pixels), np.float32)  # [B,ch,S,S]
+            for i, b in enumerate(rows):
+                rng = np.random.default_rng((seed, b))
+                noise[i] = rng.standard_normal(latents, np.float32)
+                if grain:
+                    pixel_noise[i] = rng.standard_normal(pixels, np.float32)
+            given = (noise, pixel_noise, ids[rows], guidance, timesteps)
+            images.append(self.run(*given, adapter))
         images = np.rint((np.concatenate(images) + 1) * 127.5).astype(np.uint8)  # [B,ch,S,S]
         return images[:, 0] if images.shape[1] == 1 else np.moveaxis(images, 1, 3)
 
@@ -516,7 +551,7 @@ def walk(steps, schedule):
     return np.rint(np.arange(steps, 0, -1) * schedule / steps).astype(np.int64) - 1
 
 
-def fill_in(diagnoser, synthesizer, notes, numeric, draws, steps, guidance):
+def fill_in(diagnoser, synthesizer, notes, numeric, draws, steps, guidance, grain=True):
     """Probabilities [draws,B,C] of samples that have words but no image: for each draw an image
     from the words, then the diagnosis of the complete sample. The mean over draws marginalises the
     missing image.
@@ -537,7 +572,7 @@ def fill_in(diagnoser, synthesizer, notes, numeric, draws, steps, guidance):
             )
     probabilities = []
     for k in range(draws):
-        images = synthesizer.sample(notes, steps, guidance, seed=k)
+        images = synthesizer.sample(notes, steps, guidance, seed=k, grain=grain)
         probabilities.append(diagnoser.predict(list(images), notes, **numeric))
     return np.stack(probabilities)
 
@@ -597,9 +632,9 @@ def golden_selora(synthesizer, golden, device):
     """The same of the sampler, with each adapter, and of the step graph."""
 
     def run(adapter, rows):
-        noise = golden["noise"][rows]
-        ids = golden["ids"][rows]
-        return [synthesizer.run(noise, ids, golden["guidance"], golden["timesteps"], adapter)]
+        noise, grain, ids = (golden[name][rows] for name in ("noise", "grain", "ids"))
+        guidance = golden["guidance"]
+        return [synthesizer.run(noise, grain, ids, guidance, golden["timesteps"], adapter)]
 
     for name in synthesizer.adapters or [None]:
         suffix = f" {name}" if name else ""
@@ -609,9 +644,9 @@ def golden_selora(synthesizer, golden, device):
         session = open_session(path, device)
 
         def denoise(rows):
-            return session.run(["eps"], {name: golden[name][rows] for name in ("z", "t", "ids")})
+            return session.run(["velocity"], {name: golden[name][rows] for name in ("z", "t", "ids")})
 
-        yield "denoise", denoise, [golden["eps"]]
+        yield "denoise", denoise, [golden["velocity"]]
 
 
 if __name__ == "__main__":

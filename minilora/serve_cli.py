@@ -112,7 +112,14 @@ def add_sampling(p):
         "--steps", type=int, default=20, help="DDIM steps of a drawn image (default: 20)"
     )
     p.add_argument(
-        "--guidance", type=float, default=2.0, help="weight of the words in it (default: 2)"
+        "--guidance", type=float, default=3.0, help="weight of the words in it (default: 3)"
+    )
+    p.add_argument(
+        "--no-grain",
+        dest="grain",
+        action="store_false",
+        help="draw without grain: the noise of a pixel, which the autoencoder leaves out and which "
+        "is drawn back as its decoder's own normal distribution",
     )
 
 
@@ -204,10 +211,8 @@ def predict_one(diagnoser, args, columns):
             "probabilities averaged"
         )
         synthesizer = Synthesizer(args.synthesizer, args.device)
-        # [draws,1,C]
-        each = fill_in(
-            diagnoser, synthesizer, notes, numeric, args.draws, args.steps, args.guidance
-        )
+        drawing = (args.draws, args.steps, args.guidance, args.grain)
+        each = fill_in(diagnoser, synthesizer, notes, numeric, *drawing)  # [draws,1,C]
         return show(diagnoser, each.mean(0)[0])
     if images is None and notes is None and not numeric:
         flags = ", ".join(f"--{flag}" for flag in ("image", "note", *columns))
@@ -365,8 +370,8 @@ def fill_file(diagnoser, args, study, rows, request, probabilities):
     draws = args.draws
     if withheld.any():
         draws = max(16, draws)  # the comparison wants 16
-    # [draws, gaps, C]
-    each = fill_in(diagnoser, synthesizer, notes, numeric, draws, args.steps, args.guidance)
+    drawing = (draws, args.steps, args.guidance, args.grain)
+    each = fill_in(diagnoser, synthesizer, notes, numeric, *drawing)  # [draws, gaps, C]
     if withheld.any():
         images = [image if shown else None for image, shown in zip(images, withheld)]
         answers = {
@@ -378,8 +383,8 @@ def fill_file(diagnoser, args, study, rows, request, probabilities):
         }
         print(
             f"{withheld.sum()} labelled samples whose image was withheld, by words alone, "
-            f"by drawn images ({args.steps} steps, guidance {args.guidance:g}), "
-            "and by the true image:"
+            f"by drawn images ({args.steps} steps, guidance {args.guidance:g}"
+            f"{'' if args.grain else ', no grain'}), and by the true image:"
         )
         labels = study.labels[chosen][withheld]
         for name, p in answers.items():
@@ -440,9 +445,11 @@ def sample_sheet(args):
     m = synthesizer.manifest
     total = len(args.note) * args.n
     # Ten bytes a value: pixels as float32 and as bytes, before and after they are put together.
-    # The rest is the noise and the feature maps of a batch of 64.
+    # The rest is a batch of 64: the noise, the feature maps, and twice the attention scores of 8
+    # heads between the pixels of the UNet, of which there are a quarter of the latent's.
     area = m["image_size"] ** 2
-    needed = total * m["channels"] * area * 10 + 64 * 512 * area
+    tokens = (m["latent_size"] // 2) ** 2
+    needed = total * m["channels"] * area * 10 + 64 * (512 * area + 128 * tokens**2)
     free = free_memory()
     if needed > free:
         raise Refused(
@@ -455,7 +462,9 @@ def sample_sheet(args):
         if count >= m["positions"]:
             print(f"cut to its first {m['positions'] - 1} of {count} words: {note[:60]}...")
     notes = [note for note in args.note for _ in range(args.n)]
-    images = synthesizer.sample(notes, args.steps, args.guidance, args.seed, args.adapter)
+    images = synthesizer.sample(
+        notes, args.steps, args.guidance, args.seed, args.adapter, args.grain
+    )
     images = images.reshape(-1, args.n, *images.shape[1:])  # [notes,n,S,S]
     content = io.BytesIO()
     if args.out.suffix == ".npy":

@@ -388,7 +388,7 @@ def draw_studies(cfg, study, draw, seed, device):
         vae.to(device),
         torch.from_numpy(ids).to(device),
         10**6 * (seed + 1) + np.arange(len(source)),
-        alphas=diffusion.alphas_cumprod(kind=saved["schedule"], device=device),
+        alphas=diffusion.alphas_cumprod(noisier=saved["noisier"], device=device),
     )
     if images.ndim != study.images.ndim:
         raise Refused(
@@ -481,7 +481,7 @@ def read_pairs(cfg, path, domain, seed):
 def read_studies(cfg):
     """({'source', 'target': study}, rows of the target that have their image)."""
     target = read_pairs(cfg, cfg.data, "target", 2)
-    source = read_pairs(cfg, cfg.source, "source", 1)
+    source = read_pairs(cfg, cfg.source, "source", 3)
     source = source.take(source.have()[:, 0])
     drawable = np.flatnonzero(target.have()[:, 0])  # a sample without its image teaches nothing
     if not len(source) or not len(drawable):
@@ -503,8 +503,8 @@ def finished_rule(ctx, job, seed, path, name):
     ranks = [ranks for _, ranks in content["history"]]
     layers = [{*each} for each in ranks]
     results = {"heldout_loss", "val_loss"}
-    if ctx.vit:
-        results |= {"frechet", *(f"agreement_{name}" for name in ctx.judges[seed]["truths"])}
+    if ctx.judges:
+        results |= {"frechet", "nearest", *ctx.judges[seed].truths}
     check_entries(path, {
         "method": (content["method"], job.name),
         "rule": (content["rule"], job.rule),

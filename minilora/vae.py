@@ -1,5 +1,5 @@
 """A tiny KL autoencoder (Kingma and Welling, arXiv 1312.6114): image <-> latent, so that diffusion
-works on 8x8x4 numbers instead of 32x32 pixels (Rombach et al., arXiv 2112.10752). It is trained
+works on 16x16x4 numbers instead of 32x32 pixels (Rombach et al., arXiv 2112.10752). It is trained
 once, on the source domain, and then frozen.
 
 Skip this file when you want to learn SeLoRA: nothing in it is adapted.
@@ -32,16 +32,16 @@ class ResBlock(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder and decoder. By default 32x32x1 -> 8x8x4, 226,988 parameters; the demo's, of width 16,
-    has 58,204.
+    """Encoder and decoder. By default 32x32x1 -> 16x16x4.
 
     factor: image size over latent size, a power of two. The first and the last halving are one
     convolution each (stride 2; four outputs per pixel, shuffled): blocks at full image size would
     take most of the time. Outside this class a latent has zero mean and unit variance per channel
-    once `measure` has run; `shift` and `scale` are the buffers that do it. The keyword arguments
-    are kept in `.config`, from which `VAE(**config)` rebuilds the model."""
+    once `measure` has run; `shift` and `scale` are the buffers that do it. `grain` is what the
+    decoder leaves out, see `measure_grain`. The keyword arguments are kept in `.config`, from which
+    `VAE(**config)` rebuilds the model."""
 
-    def __init__(self, image_size=32, channels=1, latent=4, factor=4, width=32):
+    def __init__(self, image_size=32, channels=1, latent=4, factor=2, width=32):
         super().__init__()
         if factor < 2 or factor & (factor - 1):
             raise ValueError(f"latent factor {factor} is not a power of two of at least 2")
@@ -51,6 +51,8 @@ class VAE(nn.Module):
                            width=width)
         self.latent = latent
         self.size = image_size // factor
+        self.latent_shape = (latent, self.size, self.size)
+        self.image_shape = (channels, image_size, image_size)
         widths = [width] + [2 * width] * (factor.bit_length() - 2)  # one per halving, finest first
         down = [nn.Conv2d(channels, width, 3, stride=2, padding=1), ResBlock(width)]
         up = []
@@ -66,6 +68,7 @@ class VAE(nn.Module):
             nn.PixelShuffle(2))  # [B,4ch,S/2,S/2] -> [B,ch,S,S]
         self.register_buffer("shift", torch.zeros(1, latent, 1, 1))
         self.register_buffer("scale", torch.ones(1, latent, 1, 1))
+        self.register_buffer("grain", torch.zeros(1, channels, 1, 1))
 
     def encode(self, x):
         """Posterior mean and log-variance, each [B,L,s,s], of images [B,ch,S,S] in [-1,1]."""
@@ -74,9 +77,11 @@ class VAE(nn.Module):
         log_variance = log_variance + 2 * self.scale.log()
         return mean, log_variance.clamp(-30, 20)  # exp of anything else is 0 or overflows
 
-    def decode(self, z):
-        """Images [B,ch,S,S] of latents [B,L,s,s]; about [-1,1], not clamped."""
-        return self.decoder(z / self.scale + self.shift)
+    def decode(self, z, noise=None):
+        """Images [B,ch,S,S] of latents [B,L,s,s]; about [-1,1], not clamped. Without noise [B,ch,S,S]
+        ~ normal(0, 1) it is the mean of the images that have this latent, with it one of them."""
+        mean = self.decoder(z / self.scale + self.shift)
+        return mean if noise is None else mean + self.grain * noise
 
     @torch.no_grad()
     def measure(self, x):
@@ -87,6 +92,16 @@ class VAE(nn.Module):
         variance, mean = torch.var_mean(z, (0, 2, 3), keepdim=True)
         self.shift.copy_(mean)
         self.scale.copy_(variance.clamp_min(1e-12) ** -0.5)
+
+    @torch.no_grad()
+    def measure_grain(self, x):
+        """Set `grain`, the standard deviation of a pixel per channel about what is decoded, from
+        images [N,ch,S,S]: the decoder's distribution is normal(decode(z), grain^2).
+
+        The squared error teaches a decoder the mean, without the noise of the scanner. Drawing that
+        noise back is right where what is left out is noise, and wrong where it is structure."""
+        error = torch.cat([part - self.decode(self.encode(part)[0]) for part in x.split(256)])
+        self.grain.copy_(error.square().mean((0, 2, 3), keepdim=True).sqrt())
 
 
 def vae_loss(model, x, noise, kl=3e-3):

@@ -8,7 +8,7 @@ import pytest
 
 from minilora import data, metrics
 from minilora.data import Refused
-from minilora.phantoms import phantoms
+from minilora.phantoms import WORDS, phantoms
 from minilora.words import CLS, UNK, tokenize, words_of
 
 
@@ -25,14 +25,69 @@ def write(path, arrays):
     return path
 
 
-def test_phantoms_are_the_same_bytes_and_the_domains_differ():
-    one, again, source = phantoms(50, 3), phantoms(50, 3), phantoms(50, 3, "source")
-    assert one.images.tobytes() == again.images.tobytes() and list(one.notes) == list(again.notes)
-    assert one.images.mean() > 140 > 110 > source.images.mean()  # inverted contrast
-    words = lambda s: {w for n in s.notes for w in words_of(n)}
-    assert words(one) - words(source)  # unseen synonyms
+def test_phantoms_are_the_same_bytes_for_the_same_arguments():
+    def content(*given):
+        s = phantoms(*given)
+        arrays = {"images": s.images, "labels": s.labels, **s.numeric, **s.attributes}
+        return [s.name, *s.notes], {name: x.tobytes() for name, x in arrays.items()}
+
+    once = {given: content(*given) for given in ((50, 3), (50, 3, "source"), (50, 4), (50, 3, "target", 24))}
+    np.random.seed(7)  # nobody's state but the arguments
+    for given, first in reversed(once.items()):
+        assert content(*given) == first
+    assert content(50, 3, "target", 32) == once[50, 3]
+    assert len({arrays["images"] for _, arrays in once.values()}) == len(once)
+    one = phantoms(50, 3)
     assert one.modalities == ("image", "note", "vitals", "labs") and np.isnan(one.numeric["vitals"]).any()
     assert one.have().all() and set(one.attributes) == {"kind", "symptom", "history", "side", "agree"}
+
+
+def test_the_source_never_shows_or_states_what_the_target_brings():
+    """No patchy opacity, no pneumonia and none of the other hospital's words; the target has all four, and some known words."""
+    source, target = phantoms(2000, 3, "source"), phantoms(2000, 3)
+    words = lambda s: {w for note in s.notes for w in words_of(note)}
+    for s, kinds in ((source, {0, 2, 3}), (target, {0, 1, 2, 3})):
+        assert {*s.labels.tolist()} == {*s.attributes["kind"].tolist()} == kinds
+        assert s.class_names == ["healthy", "pneumonia", "tumour", "tuberculosis"]
+        for fact in ("symptom", "history"):  # they are not of the lesion: both have all
+            assert {*s.attributes[fact].tolist()} == {0, 1, 2, 3}
+    new, known = ({w for values in WORDS.values() for phrases in values for w in words_of(" ".join(phrases[part]))} for part in (slice(2, 4), slice(0, 2)))
+    lesion = {w for phrase in WORDS["kind"][1] for w in words_of(phrase)} - {w for i in (0, 2, 3) for w in words_of(" ".join(WORDS["kind"][i]))}
+    assert len(lesion) > 4 and not words(source) & (lesion | (new - known)) and words(target) >= lesion
+    unseen = np.mean([any(w in new - known for w in words_of(note)) for note in target.notes])
+    assert 0.65 < unseen < 0.85
+
+
+@pytest.mark.parametrize("domain", ["source", "target"])
+def test_reports_state_the_lesion_in_three_of_five_and_rightly_in_four_of_five_of_those(domain):
+    """`agree` says which: 1 where the words are those of the lesion in the image, 0 where of another one, -1 where of none."""
+    s = phantoms(4000, 5, domain)
+    kind_of = {phrase: kind for kind, phrases in enumerate(WORDS["kind"]) for phrase in phrases}
+    side_of = {phrase: side for side, phrases in enumerate(WORDS["side"]) for phrase in phrases}
+    for note, kind, side, agree in zip(s.notes, s.attributes["kind"], s.attributes["side"], s.attributes["agree"]):
+        parts = str(note).split(", ")
+        stated = [(phrase, of) for phrase, of in kind_of.items() if parts[0].startswith(phrase)]
+        assert len(stated) == (len(parts) == 3) == (agree >= 0)
+        for phrase, of in stated:
+            assert (of == kind) == agree
+            beside = parts[0][len(phrase) + 1 :]
+            assert (beside == "") == (of == 0) and (of == 0 or kind == 0 or side_of[beside] == side)
+        assert (side == -1) == (kind == 0)
+    agree = s.attributes["agree"]
+    assert abs((agree >= 0).mean() - 0.6) < 0.03 and abs((agree == 1).sum() / (agree >= 0).sum() - 0.8) < 0.03
+
+
+def test_each_scanner_keeps_its_noise_and_its_light():
+    """Noise by second differences between the lungs; light by the mean image's halves. Neither domain has the other's."""
+    noise, slopes = {}, {}
+    for domain in ("source", "target"):
+        spine = phantoms(60, 1, domain, 96).images[:, 12:84, 46:51] / 255
+        bend = 2 * spine[:, 1:-1] - spine[:, 2:] - spine[:, :-2]
+        noise[domain] = bend.std() / 6**0.5
+        mean = phantoms(400, 2, domain).images.mean(0)
+        slopes[domain] = (mean[:, 16:].mean() - mean[:, :16].mean(), mean[:16].mean() - mean[16:].mean())
+    assert noise["source"] == pytest.approx(0.04, rel=0.05) and noise["target"] > 1.5 * noise["source"]
+    assert max(map(abs, slopes["source"])) < 2 and min(slopes["target"]) > 10  # brighter up on the right
 
 
 def test_study_round_trip_keeps_every_field(tmp_path):

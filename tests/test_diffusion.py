@@ -1,31 +1,40 @@
 """The frozen base of SeLoRA: autoencoder, denoiser, schedule and sampler. One thread, fixed seeds."""
 
 import copy
+import math
+import re
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+
+import train_selora
 
 from minilora import data
 from minilora.phantoms import phantoms
 from minilora.words import tokenize
 from minilora.diffusion import (
-    add_noise,
     alphas_cumprod,
     ddim_step,
     denoising_loss,
+    diffuse,
+    draw_images,
     drop_words,
     ema_update,
-    guided_noise,
+    guided_velocity,
     null_prompt,
+    pictures,
     sample,
     timesteps,
 )
-from minilora.unet import Denoiser
+from minilora.unet import Attention, Block, Denoiser, attend
 from minilora.vae import VAE, augment, vae_loss
 
-SMALL = dict(width=16, text_width=16, text_depth=1, buckets=64)
+SMALL = dict(size=8, width=16, text_width=16, text_depth=1, buckets=64)
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +48,11 @@ def seeded(seed=0):
 
 
 def denoiser(**sizes):
-    """A small model whose zero-initialised output is drawn, so that its inputs matter."""
+    """A small model whose zero-initialised outputs are drawn, so that its inputs matter."""
     torch.manual_seed(0)
     model = Denoiser(**{**SMALL, **sizes})
-    torch.nn.init.normal_(model.unet.last.weight, std=0.05)
+    for layer in (model.unet.last, model.unet.gate):
+        torch.nn.init.normal_(layer.weight, std=0.05)
     return model.eval()
 
 
@@ -54,22 +64,49 @@ def prompts(rows, positions=12, buckets=64):
 # ------------------------------------------------------------------------------------------------------------- networks
 
 
-@pytest.mark.parametrize("image_size, channels, factor, latent", [(32, 1, 4, 4), (64, 3, 4, 4), (32, 3, 2, 3),
-                                                                  (48, 1, 16, 8)])
+@pytest.mark.parametrize("image_size, channels, factor, latent", [(32, 1, 2, 4), (32, 1, 4, 4), (64, 3, 4, 4), (32, 3, 2, 3), (48, 1, 16, 8)])
 def test_vae_shapes(image_size, channels, factor, latent):
     vae, s = VAE(image_size, channels, latent, factor, width=8), image_size // factor
     x = torch.rand(2, channels, image_size, image_size) * 2 - 1
     mean, log_variance = vae.encode(x)
-    assert mean.shape == log_variance.shape == (2, latent, s, s)
-    assert vae.decode(mean).shape == x.shape
+    assert mean.shape == log_variance.shape == (2, *vae.latent_shape) == (2, latent, s, s)
+    assert vae.decode(mean).shape == x.shape == (2, *vae.image_shape)
     assert VAE(**vae.config).config == vae.config
 
 
-@pytest.mark.parametrize("size, levels, positions", [(8, 2, 12), (16, 3, 5), (8, 1, 12), (16, 2, 40)])
-def test_denoiser_shapes(size, levels, positions):
-    model = denoiser(size=size, levels=levels, positions=positions)
-    z = torch.randn(3, 4, size, size)
-    assert model(z, torch.tensor([0, 500, 999]), prompts(3, positions)).shape == z.shape
+def test_the_defaults_of_both_networks_fit_together():
+    """By default 32x32x1 -> 16x16x4, as the autoencoder says, and the denoiser takes that."""
+    assert VAE().image_shape == (1, 32, 32) and VAE().latent_shape == (4, 16, 16)
+    z = torch.randn(1, *VAE().latent_shape)
+    assert Denoiser()(z, torch.tensor([7]), prompts(1)).shape == z.shape
+
+
+@pytest.mark.parametrize("latent", [1, 4])
+@pytest.mark.parametrize("size", [8, 16, 32])
+def test_the_denoiser_halves_the_latent_twice_and_gives_its_shape_back(size, latent):
+    model, shapes = denoiser(size=size, latent=latent, positions=20), {}
+    for name in ("first", "down_attention", "downsample", "middle", "upsample", "last"):
+        getattr(model.unet, name).register_forward_hook(lambda *hooked, name=name: shapes.__setitem__(name, tuple(hooked[2].shape[1:])))
+    z, t = torch.randn(3, latent, size, size), torch.tensor([0, 500, 999])
+    for words in (20, 7, 1):
+        assert model(z, t, prompts(3, 20)[:, :words]).shape == z.shape
+    fine, coarse = size // 2, size // 4
+    assert shapes == {"first": (16, fine, fine), "down_attention": (fine**2, 16), "downsample": (32, coarse, coarse), "middle": (32, coarse, coarse),
+                      "upsample": (16, fine, fine), "last": (4 * latent, fine, fine)}  # fmt: skip
+
+
+def test_the_last_convolution_gives_four_neighbours_of_each_channel():
+    """Channel 4l + 2i + j of it at (y, x) is the velocity's channel l at (2y + i, 2x + j), beside a share of the noisy latent."""
+    model, z, outputs = denoiser(latent=2), torch.randn(1, 2, 8, 8), {}
+    for name in ("last", "gate"):
+        getattr(model.unet, name).register_forward_hook(lambda *hooked, name=name: outputs.__setitem__(name, hooked[2][0]))
+    v = model(z, torch.tensor([500]), prompts(1))
+    assert outputs["gate"].all()
+    for channel in range(2):
+        for i in range(2):
+            for j in range(2):
+                share = outputs["gate"][channel] * z[0, channel, i::2, j::2]
+                torch.testing.assert_close(v[0, channel, i::2, j::2], outputs["last"][4 * channel + 2 * i + j] + share)
 
 
 def test_a_fresh_denoiser_predicts_zero():
@@ -77,24 +114,72 @@ def test_a_fresh_denoiser_predicts_zero():
     assert not model(torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), prompts(2)).any()
 
 
-def test_stated_parameter_counts():
-    count = lambda model: sum(p.numel() for p in model.parameters())
-    assert count(Denoiser()) == 945_272
-    assert count(Denoiser(width=28, text_width=32, text_depth=1, heads=2)) == 330_148
-    assert count(VAE()) == 226_988 and count(VAE(width=16)) == 58_204
+def test_attention_is_torchs():
+    attention, x, context = Attention(12, 10, 3), torch.randn(2, 5, 12), torch.randn(2, 7, 10)
+    bias = torch.zeros(2, 1, 1, 7)
+    bias[1, ..., 4:] = float("-inf")
+    k, v = attention.key_value(context).split(12, 2)
+    q, k, v = (part.unflatten(2, (3, 4)).transpose(1, 2) for part in (attention.query(x), k, v))
+    wanted = attention.out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x, context, bias), wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(attention(x, context, bias)[1:], attention(x[1:], context[1:, :4]), rtol=0, atol=1e-6)
+
+
+def test_a_text_block_reads_tokens_and_a_pixel_block_words_too():
+    """The same class: with no `context` there is nothing to read words with; padding reaches nothing in either."""
+    text, pixels = Block(8, 2), Block(8, 2, 6)
+    assert text.to_words is None and text.norm2 is None
+    extra = {name for name, _ in pixels.named_parameters()} - {name for name, _ in text.named_parameters()}
+    assert {name.split(".")[0] for name in extra} == {"norm2", "to_words"}
+    x, words, padding = torch.randn(2, 5, 8), torch.randn(2, 4, 6), torch.zeros(2, 1, 1, 4)
+    padding[1, ..., 2:] = float("-inf")
+    h = text.norm1(x)
+    h = x + text.to_tokens(h, h)
+    torch.testing.assert_close(text(x), h + text.mlp(text.norm3(h)), rtol=0, atol=0)
+    shorter = torch.zeros(2, 1, 1, 5)
+    shorter[..., 3:] = float("-inf")
+    torch.testing.assert_close(text(x, shorter)[:, :3], text(x[:, :3]), rtol=0, atol=1e-6)
+    out, changed = pixels(x, None, words, padding), words.clone()
+    changed[1, 2:] += 5
+    assert torch.equal(pixels(x, None, changed, padding), out)
+    changed[0, 3] += 5
+    assert (pixels(x, None, changed, padding) - out).abs().amax((1, 2))[0] > 1e-3
+
+
+def test_pixels_are_a_blocks_tokens():
+    block, x, words, bias = Block(8, 2, 6), torch.randn(2, 8, 3, 3), torch.randn(2, 4, 6), torch.zeros(2, 1, 1, 4)
+    out = attend(block, x, words, bias)
+    tokens = torch.stack([x[:, :, i, j] for i in range(3) for j in range(3)], 1)  # [B,9,C], row by row
+    wanted = block(tokens, None, words, bias)
+    for i in range(3):
+        for j in range(3):
+            assert torch.equal(out[:, :, i, j], wanted[:, 3 * i + j])
+
+
+def test_presets_have_as_many_parameters_as_their_help_says():
+    stated = re.search(r"base \((\d+)M parameters\) or large \((\d+)M", Path(train_selora.__file__).read_text()).groups()
+    for name, millions in zip(("base", "large"), stated):
+        cfg = replace(train_selora.Config(), **train_selora.PRESETS[name])
+        sizes = {key: getattr(cfg, key) for key in ("latent", "width", "heads", "buckets", "positions", "text_width", "text_depth")}
+        with torch.device("meta"):  # shapes only
+            model = Denoiser(size=cfg.image_size // cfg.factor, **sizes)
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6) == int(millions), name
 
 
 def test_the_config_rebuilds_the_model():
-    model, z, ids = denoiser(levels=3, text_depth=2, positions=9), torch.randn(2, 4, 8, 8), prompts(2, 9)
+    model, z, ids = denoiser(text_depth=2, positions=9), torch.randn(2, 4, 8, 8), prompts(2, 9)
     again = Denoiser(**model.config)
     again.load_state_dict(model.state_dict())
     t = torch.tensor([5, 900])
     assert torch.equal(again(z, t, ids), model(z, t, ids))
-    vae = VAE(width=8)
-    vae.measure(torch.rand(8, 1, 32, 32))
+    vae = VAE(16, width=8)
+    vae.measure(torch.rand(8, 1, 16, 16))
+    vae.measure_grain(torch.rand(8, 1, 16, 16))
     other = VAE(**vae.config)
-    other.load_state_dict(vae.state_dict())  # the measured scale travels with it
-    assert torch.equal(other.decode(z), vae.decode(z))
+    other.load_state_dict(vae.state_dict())  # the measured scale and grain travel with it
+    noise = torch.randn(2, 1, 16, 16)
+    assert torch.equal(other.decode(z), vae.decode(z)) and torch.equal(other.decode(z, noise), vae.decode(z, noise))
+    assert not torch.equal(vae.decode(z, noise), vae.decode(z))
 
 
 def test_only_plain_layers_each_run_once():
@@ -115,8 +200,8 @@ def test_gradient_reaches_every_parameter():
     model, z = denoiser(text_depth=2), torch.randn(4, 4, 8, 8)
     denoising_loss(model, z, prompts(4), torch.tensor([10, 300, 600, 990]), torch.randn_like(z)).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-    vae = VAE(width=8)
-    vae_loss(vae, torch.rand(2, 1, 32, 32), torch.randn(2, 4, 8, 8))[2].backward()
+    vae = VAE(16, width=8)
+    vae_loss(vae, torch.rand(2, 1, 16, 16), torch.randn(2, 4, 8, 8))[2].backward()
     assert [n for n, p in vae.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -154,7 +239,7 @@ def test_latents_have_unit_variance_after_measure():
 
 
 def test_divergence_is_the_normal_distributions():
-    vae, x = VAE(width=8), torch.rand(2, 1, 32, 32)
+    vae, x = VAE(16, width=8), torch.rand(2, 1, 16, 16)
     mean, log_variance = vae.encode(x)
     want = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (log_variance / 2).exp()),
                                              torch.distributions.Normal(0.0, 1.0)).mean()
@@ -172,15 +257,55 @@ def test_augment_inverts_half_and_stays_in_range():
     assert torch.equal(augment(x, seeded(3)), y) and not torch.equal(augment(x, seeded(4)), y)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grain_is_the_deviation_of_a_pixel_about_what_is_decoded(channels):
+    vae = VAE(8, channels, width=8).double()
+    x, noise = torch.rand(300, channels, 8, 8).double(), torch.randn(300, channels, 8, 8).double()  # measured in parts of 256
+    x *= torch.arange(1, channels + 1).reshape(1, -1, 1, 1)  # each channel has its own
+    with torch.no_grad():
+        z = vae.encode(x)[0]
+        mean = vae.decode(z)
+        assert not vae.grain.any() and torch.equal(vae.decode(z, noise), mean)  # a fresh model leaves nothing out
+        vae.measure_grain(x)
+        rest = x - mean
+        for channel in range(channels):
+            wanted = math.sqrt((rest[:, channel] ** 2).mean())
+            assert vae.grain[0, channel, 0, 0].item() == pytest.approx(wanted, rel=1e-12)
+        assert len(set(vae.grain.flatten().tolist())) == channels
+        assert torch.equal(vae.decode(z), mean)
+        torch.testing.assert_close(vae.decode(z, noise), mean + vae.grain * noise, rtol=0, atol=0)
+        torch.testing.assert_close((vae.decode(z, noise) - mean).std((0, 2, 3)), vae.grain.flatten(), rtol=0.03, atol=0)
+
+
+def test_what_the_scanner_adds_is_measured_as_grain():
+    """An autoencoder that reproduces clean images to the bit leaves out exactly the noise that was put on them."""
+    vae, clean = VAE(8, width=8), torch.full((400, 1, 8, 8), 0.25)
+    vae.decode = lambda z, noise=None: torch.full((len(z), 1, 8, 8), 0.25)
+    vae.measure_grain(clean)
+    assert vae.grain.item() == 0
+    vae.measure_grain(clean + 0.1 * torch.randn(clean.shape, generator=seeded(2)))
+    assert vae.grain.item() == pytest.approx(0.1, rel=0.02)
+
+
 # ------------------------------------------------------------------------------------------------ schedule and sampling
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear"])
+@pytest.mark.parametrize("noisier", [0.5, 1.0, 9.0, 100.0])
 @pytest.mark.parametrize("steps", [1, 10, 1000])
-def test_schedule_falls_within_0_and_1(kind, steps):
-    alphas = alphas_cumprod(steps, kind)
+def test_the_schedule_falls_from_below_one_to_no_signal(steps, noisier):
+    alphas = alphas_cumprod(steps, noisier)
     assert alphas.shape == (steps,) and alphas.dtype == torch.float64
-    assert (alphas > 0).all() and (alphas <= 1).all() and (alphas.diff() < 0).all()
+    assert alphas[0] < 1 and (alphas.diff() < 0).all() and 0 <= alphas[-1] < 1e-30
+    assert alphas_cumprod().tolist() == alphas_cumprod(1000, 9.0).tolist()
+
+
+def test_noisier_multiplies_noise_over_signal():
+    """(1 - a) / a is the cosine schedule's, tan^2 of the angle, times so much, at every timestep but the last, which has no signal."""
+    angle = torch.arange(1, 1000, dtype=torch.float64) / 1000 * math.pi / 2
+    for noisier in (0.5, 1.0, 9.0, 100.0):
+        alphas = alphas_cumprod(1000, noisier)[:-1]
+        torch.testing.assert_close((1 - alphas) / alphas, noisier * angle.tan() ** 2, rtol=1e-9, atol=0)
+    torch.testing.assert_close(alphas_cumprod(1000, 1.0)[:-1], angle.cos() ** 2, rtol=0, atol=1e-15)
 
 
 def test_timesteps_are_evenly_spaced_from_the_end():
@@ -191,33 +316,68 @@ def test_timesteps_are_evenly_spaced_from_the_end():
         assert len(walk) == steps and walk[0] == 999 and walk[-1] >= 0 and (walk.diff() < 0).all()
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear"])
-def test_ddim_with_the_true_noise_recovers_the_latent(kind):
-    """Exactly, in one step and along a whole chain, whose every station is the forward process's."""
-    alphas, z, noise = alphas_cumprod(kind=kind), *torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
-    one = torch.ones((), dtype=torch.float64)
-    t = torch.tensor([10, 500, 900])
-    noisy = add_noise(z, noise, alphas[t])
-    back = torch.stack([ddim_step(noisy[b], noise[b], alphas[t[b]], one) for b in range(3)])
-    torch.testing.assert_close(back, z, rtol=0, atol=1e-12)
+def test_noise_and_velocity_are_latent_and_noise_turned():
+    """z_t = sqrt(a) z_0 + sqrt(1-a) noise and v_t = sqrt(a) noise - sqrt(1-a) z_0, sample by sample."""
+    z, noise = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64)
+    alphas = torch.tensor([1.0, 0.7, 0.2, 0.0], dtype=torch.float64)
+    noisy, velocity = diffuse(z, noise, alphas)
+    for b, a in enumerate(alphas.tolist()):
+        torch.testing.assert_close(noisy[b], math.sqrt(a) * z[b] + math.sqrt(1 - a) * noise[b], rtol=0, atol=1e-14)
+        torch.testing.assert_close(velocity[b], math.sqrt(a) * noise[b] - math.sqrt(1 - a) * z[b], rtol=0, atol=1e-14)
+        for whole, part in zip(diffuse(z[b : b + 1], noise[b : b + 1], alphas[b]), (noisy, velocity)):  # one number for all
+            assert torch.equal(whole[0], part[b])
+    assert torch.equal(noisy[0], z[0]) and torch.equal(velocity[0], noise[0])
+    assert torch.equal(noisy[3], noise[3]) and torch.equal(velocity[3], -z[3])
+    torch.testing.assert_close(noisy**2 + velocity**2, z**2 + noise**2)  # a rotation keeps lengths
+
+
+@pytest.mark.parametrize("alpha_t", [0.0, 1e-9, 0.3, 0.999])
+def test_a_step_with_the_true_velocity_gives_the_true_latent_of_the_next_level(alpha_t):
+    """Exactly, also from a level that has no signal, where a predicted noise would say nothing of the image."""
+    z, noise = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
+    alpha_t = torch.tensor(alpha_t, dtype=torch.float64)
+    noisy, velocity = diffuse(z, noise, alpha_t)
+    for alpha_prev in (0.0, 0.4, 0.9999, 1.0):
+        alpha_prev = torch.tensor(alpha_prev, dtype=torch.float64)
+        wanted, _ = diffuse(z, noise, alpha_prev)
+        torch.testing.assert_close(ddim_step(noisy, velocity, alpha_t, alpha_prev), wanted, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50, 1000])
+@pytest.mark.parametrize("noisier", [1.0, 9.0])
+def test_a_model_that_knows_the_latent_samples_it_back(steps, noisier):
+    """From pure noise, exactly, by any number of steps; every station is the forward process's."""
+    alphas = alphas_cumprod(noisier=noisier)
+    z, noise = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
 
     def oracle(z_t, t, ids):  # the two halves of a guided batch see the same latent
-        torch.testing.assert_close(z_t, add_noise(z, noise, alphas[t[0]]).repeat(2, 1, 1, 1), rtol=0, atol=1e-12)
-        return noise.repeat(2, 1, 1, 1)
+        station, velocity = diffuse(z, noise, alphas[t[:3]])
+        torch.testing.assert_close(z_t, station.repeat(2, 1, 1, 1), rtol=0, atol=1e-12)
+        return velocity.repeat(2, 1, 1, 1)
 
-    start = add_noise(z, noise, alphas[-1])
-    for steps in (1, 7, 50):
-        got = sample(oracle, start, prompts(3), steps, guidance=3.0, alphas=alphas)
-        torch.testing.assert_close(got, z, rtol=0, atol=1e-12)
+    got = sample(oracle, noise, prompts(3), steps, guidance=3.0, alphas=alphas)
+    torch.testing.assert_close(got, z, rtol=0, atol=1e-12)
+
+
+def test_the_loss_is_that_of_the_velocity():
+    """A model that gives it has none; one that gives the noise, which is another target, has."""
+    alphas = alphas_cumprod()
+    z, noise = torch.randn(2, 4, 4, 8, 8, dtype=torch.float64)
+    t = torch.tensor([0, 300, 700, 999])
+    velocity = diffuse(z, noise, alphas[t])[1]
+    assert denoising_loss(lambda *given: velocity, z, None, t, noise) == 0
+    losses = denoising_loss(lambda *given: noise, z, None, t, noise, per_sample=True)
+    torch.testing.assert_close(losses, ((velocity - noise) ** 2).mean((1, 2, 3)))
+    assert (losses[1:] > 0.1).all()
 
 
 def test_guidance_0_is_the_null_model_and_1_the_conditional_one():
     model, z, t, ids = denoiser().double(), torch.randn(3, 4, 8, 8).double(), torch.tensor([20, 500, 999]), prompts(3)
     with torch.no_grad():
         null, conditional = model(z, t, null_prompt(ids)), model(z, t, ids)
-        torch.testing.assert_close(guided_noise(model, z, t, ids, 0.0), null, rtol=0, atol=1e-12)
-        torch.testing.assert_close(guided_noise(model, z, t, ids, 1.0), conditional, rtol=0, atol=1e-12)
-        torch.testing.assert_close(guided_noise(model, z, t, ids, 2.5), null + 2.5 * (conditional - null))
+        torch.testing.assert_close(guided_velocity(model, z, t, ids, 0.0), null, rtol=0, atol=1e-12)
+        torch.testing.assert_close(guided_velocity(model, z, t, ids, 1.0), conditional, rtol=0, atol=1e-12)
+        torch.testing.assert_close(guided_velocity(model, z, t, ids, 2.5), null + 2.5 * (conditional - null))
     assert (conditional - null).abs().amax((1, 2, 3))[[0, 1]].min() > 1e-4
     assert torch.equal(null_prompt(ids)[2], ids[2])  # an empty note already is the null prompt
 
@@ -231,6 +391,48 @@ def test_a_sample_depends_on_its_own_noise_and_words_only():
         torch.testing.assert_close(alone[0], together[b], rtol=1e-5, atol=1e-5)
     other = sample(model, noise, ids.roll(2, 0), steps=5)
     assert (other - together).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+def test_the_trail_gets_every_step_and_ends_with_the_result():
+    model, noise, ids = denoiser(), torch.randn(2, 4, 8, 8), prompts(2)
+    for steps in (1, 5):
+        trail = []
+        got = sample(model, noise, ids, steps, trail=trail)
+        assert len(trail) == steps and trail[-1] is got
+        assert all(z.shape == noise.shape for z in trail)
+        assert torch.equal(got, sample(model, noise, ids, steps))  # looking changes nothing
+    signal = alphas_cumprod()[timesteps(5)].float()
+    v = guided_velocity(model, noise, torch.full((2,), 999), ids, 3.0)
+    torch.testing.assert_close(trail[0], ddim_step(noise, v, signal[0], signal[1]))
+
+
+def test_images_are_drawn_each_from_its_own_seed():
+    """Latent noise first, then grain, from one generator per image: in parts of 200, alone, in another order, the same images."""
+    vae = VAE(8, width=8).eval()
+    vae.grain.fill_(0.2)
+    model, ids = denoiser(size=4), prompts(203)
+    seeds = np.arange(203) + 40
+    images = draw_images(model, vae, ids, seeds, steps=2)
+    assert images.shape == (203, 8, 8) and images.dtype == np.uint8
+    assert len({image.tobytes() for image in images}) == 203
+    for b in (0, 199, 200, 202):
+        generator = torch.Generator().manual_seed(int(seeds[b]))
+        noise = torch.randn(1, *vae.latent_shape, generator=generator)
+        grain = torch.randn(1, *vae.image_shape, generator=generator)
+        with torch.no_grad():
+            wanted = vae.decode(sample(model, noise, ids[b : b + 1], 2), grain)
+        assert abs(pictures(wanted)[0].astype(int) - images[b]).max() <= 1
+    again = draw_images(model, vae, ids[[200, 3]], seeds[[200, 3]], steps=2)
+    assert abs(again.astype(int) - images[[200, 3]]).max() <= 1
+    vae.grain.zero_()
+    assert (draw_images(model, vae, ids[:3], seeds[:3], steps=2) != images[:3]).mean() > 0.5
+
+
+def test_pictures_round_clip_and_put_colours_last():
+    x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).reshape(1, 1, 1, 5)
+    assert pictures(x).tolist() == [[[0, 0, 128, 255, 255]]] and pictures(x).dtype == np.uint8
+    colours = pictures(torch.stack([x[0, 0], -x[0, 0], 0 * x[0, 0]])[None])
+    assert colours.shape == (1, 1, 5, 3) and colours[0, 0, 0].tolist() == [0, 255, 128]
 
 
 def test_words_are_dropped_by_the_generator():
@@ -263,16 +465,22 @@ def test_ema_moves_towards_the_model():
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: VAE(image_size=30), "image size 30 is not divisible by the latent factor 4"),
+    (lambda: VAE(image_size=31), "image size 31 is not divisible by the latent factor 2"),
+    (lambda: VAE(image_size=30, factor=4), "image size 30 is not divisible by the latent factor 4"),
     (lambda: VAE(factor=3), "latent factor 3"),
     (lambda: VAE(factor=1), "latent factor 1"),
-    (lambda: Denoiser(size=6, levels=3), "latent size 6 cannot be halved 2 times"),
-    (lambda: Denoiser(levels=0), "0 levels"),
-    (lambda: Denoiser(width=30), "UNet width 30"),
-    (lambda: Denoiser(text_width=30), "text width 30 is not divisible by 4 heads"),
+    (lambda: Denoiser(size=6), "latent size 6 and UNet width 48 must be multiples of 4"),
+    (lambda: Denoiser(width=30), "latent size 16 and UNet width 30 must be multiples of 4"),
+    (lambda: Denoiser(width=12, heads=8), "width 12 is not divisible by 8 attention heads"),
+    (lambda: Denoiser(text_width=30), "width 30 is not divisible by 4 attention heads"),
+    (lambda: Attention(9, 9, 4), "width 9 is not divisible by 4 attention heads"),
     (lambda: denoiser()(torch.randn(1, 4, 8, 8), torch.tensor([1]), prompts(1, 13)), "prompts of 13 word ids"),
     (lambda: alphas_cumprod(0), "0 steps"),
-    (lambda: alphas_cumprod(kind="square"), "schedule 'square'"),
+    (lambda: alphas_cumprod(-3), "a schedule of -3 steps; need at least 1"),
+    (lambda: alphas_cumprod(noisier=0.0), "a schedule 0.0 times as noisy; need a number above 0"),
+    (lambda: alphas_cumprod(noisier=-9), "a schedule -9 times as noisy"),
+    (lambda: alphas_cumprod(noisier=float("nan")), "a schedule nan times as noisy"),
+    (lambda: alphas_cumprod(noisier=float("inf")), "a schedule inf times as noisy"),
     (lambda: timesteps(0), "0 sampling steps; need 1 to 1000"),
     (lambda: timesteps(11, 10), "11 sampling steps; need 1 to 10"),
     (lambda: sample(None, torch.zeros(1, 4, 8, 8), None, steps=1001), "1001 sampling steps"),
@@ -317,16 +525,17 @@ def test_exported_decoder_and_step_equal_torch(tmp_path):
     class Decode(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.vae = VAE(width=8).eval()
+            self.vae = VAE(16, width=8).eval()
 
-        def forward(self, z, eps, alpha_t, alpha_prev):
-            return self.vae.decode(ddim_step(z, eps, alpha_t, alpha_prev))
+        def forward(self, z, v, noise, alpha_t, alpha_prev):
+            return self.vae.decode(ddim_step(z, v, alpha_t, alpha_prev), noise)
 
     module = Decode()
-    module.vae.measure(torch.rand(8, 1, 32, 32))
-    inputs = lambda rows: dict(z=torch.randn(rows, 4, 8, 8), eps=torch.randn(rows, 4, 8, 8),
+    module.vae.measure(torch.rand(8, 1, 16, 16))
+    module.vae.grain.fill_(0.1)
+    inputs = lambda rows: dict(z=torch.randn(rows, 4, 8, 8), v=torch.randn(rows, 4, 8, 8), noise=torch.randn(rows, 1, 16, 16),
                                alpha_t=torch.tensor(0.3), alpha_prev=torch.tensor(0.5))
-    run = run_exported(module, inputs(2), tmp_path / "decode.onnx", {n: {0: "batch"} for n in ("z", "eps", "out")})
+    run = run_exported(module, inputs(2), tmp_path / "decode.onnx", {n: {0: "batch"} for n in ("z", "v", "noise", "out")})
     for rows in (1, 5):
         x = inputs(rows)
         with torch.no_grad():
@@ -334,9 +543,9 @@ def test_exported_decoder_and_step_equal_torch(tmp_path):
 
 
 def test_both_losses_fall_on_phantoms():
-    study = phantoms(128, 0, "source")
-    x, ids = torch.from_numpy(data.prepare_images(study.images, 32, 1)), prompts(128)
-    vae = VAE(width=8)
+    study = phantoms(128, 0, "source", 16)
+    x, ids = torch.from_numpy(data.prepare_images(study.images, 16, 1)), prompts(128)
+    vae = VAE(16, width=8)
     optimizer, losses = torch.optim.Adam(vae.parameters(), 4e-3), []
     for step in range(30):
         batch = augment(x[step % 8 * 16 :][:16], seeded(step))

@@ -201,6 +201,18 @@ def test_a_manifest_cannot_reach_outside_its_folder(folder, tmp_path):
         serve.Diagnoser(other)
 
 
+@pytest.mark.parametrize("value", [0, 2, True, "1", None, [1]])
+def test_a_folder_of_another_format_is_refused(folder, tmp_path, value):
+    assert json.loads((folder / "manifest.json").read_text())["format"] == 1
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    manifest = json.loads((other / "manifest.json").read_text()) | {"format": value}
+    manifest["sha256"] = data.digest({k: v for k, v in manifest.items() if k != "sha256"})
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(Refused, match="other: exported by another version of minilora .format .*; this one reads 1.; .*export again"):
+        serve.Diagnoser(other, "cpu")
+
+
 GREY = np.zeros((8, 8), np.uint8)
 REQUESTS = [({"images": [GREY.astype(np.float32)]}, "image of sample 0 is float32"), ({"images": [np.full((4, 4), np.nan)]}, "with NaN"),
             ({"images": [np.zeros((4, 4, 4), np.uint8)]}, r"\[4, 4, 4\]"), ({"images": [np.zeros((0, 4), np.uint8)]}, r"\[0, 4\]"),

@@ -26,6 +26,7 @@ ALLOWED = {
     "ranks": {"selora"},
     "judge": {"metrics", "data"},
     "report": {"metrics", "data"},
+    "samples": {"judge", "report", *LESSON},
     "graphs": {"models", "serve"},
     "export_mora": {"graphs", *SHARED},
     "export_selora": {"graphs", *SHARED},

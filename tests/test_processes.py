@@ -33,7 +33,7 @@ with processes.processes(torch.device("cpu")), loop.Stopper() as stop:
     model = Denoiser(width=8, text_width=8, text_depth=1, heads=2, buckets=64, positions=6).double()
     torch.nn.init.normal_(model.unet.last.weight, std=0.1)
     selora.inject(model)
-    pairs = train_selora.Pairs(torch.randn(40, 4, 8, 8).double(), torch.randint(3, 64, (40, 6)), diffusion.alphas_cumprod())
+    pairs = train_selora.Pairs(torch.randn(40, 4, 16, 16).double(), torch.randint(3, 64, (40, 6)), diffusion.alphas_cumprod())
     _, history = train_selora.adapt(cfg, pairs, model, Job("ratio", "ratio", 0, 1), 0, np.arange(40), loop.Log(out / "log.jsonl"), stop)
     heldout = train_selora.heldout_loss(model, pairs, np.arange(21))
     torch.save({"state": model.state_dict(), "history": history, "heldout": heldout}, out / f"rank{processes.world()[0]}.pt")
@@ -198,7 +198,7 @@ def test_fisher_and_growth_under_bfloat16_and_compiled():
 def test_presets_fill_in_sizes_that_are_not_given(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = cli.with_preset(train_selora.Config(preset="large", width=64), train_selora.PRESETS)
-    assert cfg.width == 64 and cfg.image_size == 64 and train_selora.check(cfg)["size"] == 16
+    assert cfg.width == 64 and cfg.image_size == 64 and train_selora.check(cfg)["size"] == 32
     cfg = cli.with_preset(train_mora.Config(preset="large"), train_mora.PRESETS)
     assert (cfg.width, cfg.depth, cfg.patch, cfg.image_size) == (768, 12, 32, 384)
     with pytest.raises(SystemExit):

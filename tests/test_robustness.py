@@ -358,8 +358,8 @@ def test_odd_requests_are_answered_or_refused(built, capsys):
         else:
             steps, guidance = chance.choice([1, 2, 3, 0, -1, 10**9, 2.5, "3", None, True, np.int64(2)]), chance.choice([2.0, 0, 1, -1, np.nan, np.inf, "2", None, 10**6, True])
             seed, adapter = chance.choice([0, 1, -1, 2**63, 1.5, None, "0"]), chance.choice([None, "draw", "base", "other", 5, "../x"])
-            notes = chance.choice([some(NOTES, min(n, 5)), "fever", None, 5, ["fever"]])
-            counts[answered(lambda a=(notes, steps, guidance, seed, adapter): synthesizer.sample(*a), pictures)] += 1
+            notes, grain = chance.choice([some(NOTES, min(n, 5)), "fever", None, 5, ["fever"]]), chance.choice([True, True, False, False, 1, None, "no", np.ones(2)])
+            counts[answered(lambda a=(notes, steps, guidance, seed, adapter, grain): synthesizer.sample(*a), pictures)] += 1
         if k % 25 == 0:
             for served, ask in good.items():
                 np.testing.assert_array_equal(ask(), before[served])

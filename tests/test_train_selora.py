@@ -1,8 +1,11 @@
 """The second training script: what a run leaves, that it resumes in the middle of growth, and what it refuses."""
 
 import builtins
+import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import sys
 from types import SimpleNamespace
@@ -15,8 +18,8 @@ from test_export import only_refused
 import export
 import train_mora
 import train_selora
-from minilora import checkpoint, data, diffusion, export_selora, metrics, selora
-from minilora.judge import agreement, linear_reader
+from minilora import checkpoint, data, diffusion, export_selora, judge, metrics, report, samples, selora
+from minilora.judge import agreement, facts_of, linear_reader, nearest
 from minilora.models import load_judge, load_selora
 from minilora.phantoms import phantoms
 from minilora.ranks import COMPARED
@@ -24,9 +27,15 @@ from minilora.report import selora_table
 from minilora.task import draw_studies, finished_rule
 from minilora.words import tokenize
 from minilora.unet import Denoiser
+from minilora.vae import VAE
+from minilora.vit import ViT
 
 TINY = ["--seeds", "1", "--steps", "14", "--every", "4", "--pretrain-steps", "6", "--vae-steps", "4", "--phantoms", "120", "--batch", "8",
         "--width", "8", "--text-width", "8", "--vae-width", "8", "--heads", "2", "--sample-steps", "2", "--buckets", "64", "--positions", "10", "--device", "cpu"]  # fmt: skip
+
+TINY_UNET = Denoiser(size=16, width=8, text_width=8, text_depth=1, heads=2, buckets=64, positions=10)
+selora.inject(TINY_UNET, None, 0)
+COSTS = [selora.adapter_cost(layer) for layer in selora.adapters(TINY_UNET).values()]  # of one rank
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +86,6 @@ def test_every_rule_runs_and_its_adapter_reloads(tmp_path, monkeypatch, rule):
     assert train_selora.ranks_of(model) == saved["adapter"]["ranks"]
     costs = sum(selora.adapter_cost(layer) for layer in selora.adapters(model).values())
     assert 0 < selora.adapter_parameters(model) == saved["adapter"]["adapter_params"] <= 2 * costs
-    assert np.load(tmp_path / "r/samples.npy").shape == (8, 32, 32)
     if rule == "neyman":
         train_selora.main([*TINY, "--out", "again", "--rule", "replay", "--replay", "r"])
         assert checkpoint.load(tmp_path / "again/model.pt")["adapter"]["ranks"] == saved["adapter"]["ranks"]
@@ -91,15 +99,17 @@ def test_the_loop_gives_the_probes_growth(tmp_path, monkeypatch):
     assert ranks[0] == ranks[1] and len(set(ranks[0].values())) > 1
 
 
-BAD = [(["--rule", "best"], "'best' is not known"), (["--rank", "9"], "--rank 9 is outside 0..8"), (["--image-size", "30"], "30 is not divisible by the latent factor 4"),
+BAD = [(["--rule", "best"], "'best' is not known"), (["--rank", "9"], "--rank 9 is outside 0..8"), (["--image-size", "31"], "31 is not divisible by the latent factor 2"),
        (["--rule", "replay"], "go together"), (["--every", "0"], "--every is 0"), (["--data", "absent.npz"], "absent.npz: no such file"),
-       (["--schedule", "flat"], "'flat' is not known"), (["--fisher", "magic"], "'magic'"), (["--device", "tpu9"], "tpu9"), (["--width", "9"], "9"),
+       (["--image-size", "30"], "latent size 15 and UNet width 8 must be multiples of 4"), (["--width", "10"], "UNet width 10"), (["--heads", "3"], "width 8 is not divisible by 3"),
+       (["--noisier", "0"], "--noisier is 0.0; must be in (0,10000)"), (["--noisier", "-9"], "--noisier is -9"), (["--noisier", "nan"], "--noisier is nan"),
+       (["--guidance", "-1"], "--guidance is -1"), (["--guidance", "inf"], "--guidance is inf"), (["--fisher", "magic"], "'magic'"), (["--device", "tpu9"], "tpu9"),
        (["--factor", "3"], "latent factor 3 is not a power of two"), (["--targets", "nothing"], "targets 'nothing' match no layer"),
        (["--targets", "text.words"], "layer 'text.words': Embedding is not supported"), (["--targets", "("], "targets '(' is not a regular expression"),
-       (["--rule", "neyman", "--budget", "100"], "--budget 100 is below the 2,364 parameters that rank 1 in every layer costs"),
+       (["--rule", "neyman", "--budget", "100"], f"--budget 100 is below the {sum(COSTS):,} parameters that rank 1 in every layer costs"),
        (["--rule", "replay", "--replay", "absent"], "absent: not a finished run"), (["--judge", "absent"], "absent/model.pt: no such file"),
        (["--rank", "0", "--rule", "fixed"], "would train nothing"), (["--sample-steps", "1001"], "1001"), (["--latent", "0"], "--latent is 0"), (["--heads", "-4"], "--heads is -4"),
-       (["--rule", "gain", "--rank", "3"], "costs 7,092, and rule 'gain' may spend 4,728: nothing is left to grow"), (["--rules-table", "--capacity", "1"], "--capacity is 1"),
+       (["--rule", "gain", "--rank", "3"], f"costs {3 * sum(COSTS):,}, and rule 'gain' may spend {2 * sum(COSTS):,}: nothing is left to grow"), (["--rules-table", "--capacity", "1"], "--capacity is 1"),
        (["--steps", "4"], "--steps 4 ends before the first probe, --every 4"), (["--lam", "nan"], "--lam nan")]  # fmt: skip
 
 
@@ -143,9 +153,11 @@ def test_the_rules_table_compares_at_equal_parameters(tmp_path, monkeypatch, cap
     methods = json.loads((tmp_path / "r/metrics.json").read_text())["methods"]
     params = {name: m["adapter_params"][0] for name, m in methods.items()}
     cost = params["fixed r1"]
+    assert cost == sum(COSTS)
     for rule in COMPARED:
         for r in (1, 2):
-            assert 0.97 * r * cost <= params[f"{rule} r{r}"] <= r * cost
+            left = r * cost - params[f"{rule} r{r}"]
+            assert 0 <= left < (0.01 * cost if rule in ("fixed", "neyman", "inverse-cost") else max(COSTS))  # which buys no rank
     for rule in ("neyman", "inverse-cost", "replay"):
         assert 0.97 * params["ratio"] <= params[f"{rule} as ratio"] <= params["ratio"]
     assert methods["replay as ratio"]["ranks"] == methods["ratio"]["ranks"] and "fixed as ratio" not in methods
@@ -157,17 +169,250 @@ def test_the_rules_table_compares_at_equal_parameters(tmp_path, monkeypatch, cap
     assert f"the validation half chooses {best} ({loss[best]:.0f} on the test half" in said
 
 
-def test_the_judge_reads_samples_and_real_images(tiny, tmp_path, monkeypatch, capsys):
+def printed_table(said, title, rows):
+    """(names of the columns, {row: its last values}) of the table that is printed below a title."""
+    header, *lines = said[said.index(title) :].splitlines()[1 : 2 + rows]
+    table = {}
+    for line in lines:
+        name, *values = re.split(r"  +", line.strip())
+        table[name] = values
+    return re.split(r"  +", header.strip()), table
+
+
+def test_the_judge_reads_samples_and_what_bounds_them(tiny, tmp_path, monkeypatch, capsys):
+    """The base on its own domain and every method on the target, each beside real images, autoencoder and most common answer."""
     monkeypatch.chdir(tmp_path)
     train_selora.main([*TINY, "--out", "r", "--judge", str(tiny[1]), "--phantoms", "300"])
-    report = json.loads((tmp_path / "r/metrics.json").read_text())
-    judge = report["judge"]
+    content = json.loads((tmp_path / "r/metrics.json").read_text())
+    verdict, said = content["judge"], capsys.readouterr().out
     held = np.load(tmp_path / "r/split-s0.npz")
-    assert judge["n"] == len(held["val"]) + len(held["test"]) and 0 < judge["floor"][0] and 0.5 <= judge["ceiling"]["side"][0] <= 1
-    for m in report["methods"].values():
-        assert m["frechet"][0] > judge["floor"][0]  # a handful of steps draws no chest
-        assert 0 <= m["agreement_kind"][0] <= 1 and 0 <= m["agreement_side"][0] <= 1
-    assert "Not Inception FID" in capsys.readouterr().out
+    facts = {"kind", "side"}
+    measures = {f"{fact}{words}" for fact in facts for words in ("", ", new words", ", known words")}
+    assert verdict["n"] == len(held["val"]) + len(held["test"]) and 0 < verdict["floor"][0] and 0.5 <= verdict["ceiling"]["side"][0] <= 1
+    assert {*verdict["ceiling"]} == {*verdict["chance"]} == measures and {*verdict["autoencoder"]} == measures | {"frechet", "nearest"}
+    for method in content["methods"].values():
+        assert method["frechet"][0] > verdict["floor"][0]  # a handful of steps draws no chest
+        assert method["nearest"][0] > 0 and all(0 <= method[name][0] <= 1 for name in measures)
+    header, rows = printed_table(said, "phantoms (target), synthetic data; held-out denoising loss", 6)
+    columns = ["frechet", "nearest", "kind", "side"]
+    assert header[-4:] == columns
+    real = {**verdict["ceiling"], "frechet": verdict["floor"], "nearest": verdict["nearest"]}
+    expected = {**content["methods"], "through the autoencoder": verdict["autoencoder"], "real images": real, "most common answer": verdict["chance"]}
+    for name, values in expected.items():
+        assert rows[name][-4:] == [f"{values[column][0]:.3f}" if column in values else "-" for column in columns], name
+    assert "not Inception FID" in said and "kind, new words to the base: unadapted " in said
+
+    source = verdict["base on its source"]
+    heldout = data.split(phantoms(300, 3, "source"), 0)["test"]  # the rows that the base has not seen
+    assert source["n"] == len(heldout) and {*source["ceiling"]} == {*source["chance"]} == facts
+    assert {*source["base"]} == {*source["autoencoder"]} == facts | {"frechet", "nearest"}
+    header, rows = printed_table(said, f"the base on its own domain, {len(heldout)} held-out images", 4)
+    assert header == ["frechet", *source["ceiling"]]
+    expected = {"real images": {**source["ceiling"], "frechet": source["floor"]}, "through the autoencoder": source["autoencoder"],
+                "drawn by the base": source["base"], "most common answer": source["chance"]}  # fmt: skip
+    for name, values in expected.items():
+        assert rows[name] == [f"{values[column]:.3f}" if column in values else "-" for column in header], name
+
+
+def test_the_base_never_sees_the_held_out_rows_of_its_source(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = {"rows": set()}
+    train_vae, pretrain, batch_at = train_selora.train_vae, train_selora.pretrain, train_selora.Pairs.batch_at
+
+    def spied_vae(sizes, steps, images, *rest):
+        seen["images"] = images
+        return train_vae(sizes, steps, images, *rest)
+
+    def spied_pretrain(cfg, config, pairs, train, *rest):
+        seen["train"] = train
+        with monkeypatch.context() as patch:
+            patch.setattr(train_selora.Pairs, "batch_at", spied_batch)
+            return pretrain(cfg, config, pairs, train, *rest)
+
+    def spied_batch(*given):
+        batch = batch_at(*given)
+        seen["rows"] |= {*batch[0].tolist()}
+        return batch
+
+    monkeypatch.setattr(train_selora, "train_vae", spied_vae)
+    monkeypatch.setattr(train_selora, "pretrain", spied_pretrain)
+    train_selora.main([*TINY, "--out", "r", "--pretrain-steps", "40"])
+    source = phantoms(120, 3, "source")
+    heldout = {*data.split(source, 0)["test"].tolist()}
+    assert len(heldout) == 12 and {*seen["train"].tolist()} == {*range(120)} - heldout
+    assert len(seen["rows"]) > 90 and not seen["rows"] & heldout
+    content = lambda images: {image.tobytes() for image in diffusion.pictures(images)}
+    assert content(seen["images"]) == {source.images[row].tobytes() for row in {*range(120)} - heldout}
+
+
+def test_grain_is_measured_on_training_rows_and_can_be_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, argv in (("on", []), ("off", ["--no-grain"])):
+        train_selora.main([*TINY, "--out", name, "--rule", "fixed", *argv])
+    on, off = (checkpoint.load(tmp_path / name / "model.pt", "selora") for name in ("on", "off"))
+    assert not off["vae"]["grain"].any() and on["vae"]["grain"].min() > 0
+    for path in (tmp_path / "runs/base").glob("vae-*.pt"):  # it is the target's, not the base's
+        assert not checkpoint.load(path)["state"]["grain"].any()
+    vae = VAE(**on["vae_config"])
+    vae.load_state_dict(off["vae"])
+    train = np.load(tmp_path / "on/split-s0.npz")["train"]
+    vae.measure_grain(samples.pixels(phantoms(120, 2), vae, train))
+    assert torch.equal(vae.grain, on["vae"]["grain"])
+    ours, theirs = (np.load(tmp_path / name / "samples.npy") for name in ("on", "off"))
+    assert (ours[0] == theirs[0]).all() and (ours[2] != theirs[2]).any()  # real images; those of the adapted model
+
+
+def test_one_timestep_from_each_part_of_the_schedule():
+    alphas = diffusion.alphas_cumprod(100)
+    pairs = train_selora.Pairs(torch.arange(50.0).reshape(50, 1, 1, 1).expand(50, 4, 8, 8), torch.arange(2, 52)[:, None].repeat(1, 3), alphas)
+    train = np.arange(0, 50, 2)
+    batches = {(seed, step): pairs.batch_at(seed, step, train, 8) for seed, step in itertools.product((0, 1), (0, 7))}
+    for rows, t, noise, words in batches.values():
+        assert ((t.sort().values * 8) // 100).tolist() == list(range(8))  # 12 or 13 of 100 in each
+        assert {*rows.tolist()} <= {*train.tolist()} and noise.shape == (8, 4, 8, 8) and len(words) == 8
+        assert all(id == row + 2 or id == 1 for row, id in zip(rows.tolist(), words[:, 0].tolist()))  # the row's words, or none
+    for given, batch in batches.items():
+        assert all(map(torch.equal, batch, pairs.batch_at(*given, train, 8)))
+    assert len({tuple(t.tolist()) for _, t, _, _ in batches.values()}) == len({noise.numpy().tobytes() for _, _, noise, _ in batches.values()}) == 4
+    seen = torch.cat([pairs.batch_at(0, step, train, 3)[1] for step in range(400)])
+    assert seen.min() == 0 and seen.max() == 99 and abs(seen.float().mean() - 49.5) < 2
+    for batch in (1, 1000):  # larger than the schedule too
+        assert pairs.batch_at(0, 0, train, batch)[1].max() <= 99
+
+
+# ---- the judge
+
+
+def judged(study, train, rows, seed=0, new=None):
+    """The judge of rows of a study of small images, by a ViT of random weights."""
+    torch.manual_seed(5)
+    vit = ViT(("image",), 2, image_size=16, patch=4, width=16, depth=1, heads=2).eval()
+    return judge.prepare(vit, study, train, rows, seed, (study.images[train], study.images[rows]), new)
+
+
+def test_the_nearest_training_image_is_found():
+    """As a plain loop finds it; a planted copy at distance 0, whatever the brightness and in colour."""
+    rng = np.random.default_rng(0)
+    for shape, low in (((5, 5), 0), ((32, 32), 200), ((20, 20, 3), 0)):
+        training = rng.integers(low, 256, (1300, *shape), dtype=np.uint8)  # more than one part
+        images = rng.integers(low, 256, (40, *shape), dtype=np.uint8)
+        images[3], images[7] = training[1250], training[0]
+        which, distance = nearest(images, training)
+        apart = [[np.sqrt(np.mean((image.astype(float) - other) ** 2)) for other in training] for image in images]
+        assert which.tolist() == np.argmin(apart, 1).tolist() and which[[3, 7]].tolist() == [1250, 0]
+        np.testing.assert_allclose(distance, np.min(apart, 1), rtol=1e-5, atol=0)
+        assert distance[[3, 7]].tolist() == [0, 0]
+
+
+def test_facts_are_what_the_words_rightly_state():
+    study = phantoms(300, 1).select(("image", "note"))
+    facts = facts_of(study)
+    assert [*facts] == ["kind", "side"]
+    for name, (value, stated) in facts.items():
+        assert value.tolist() == study.attributes[name].tolist()
+        right = study.attributes["agree"] == 1
+        assert (stated[right] == value[right]).all() and (stated[~right] == -1).all() and 0.3 < right.mean() < 0.6
+    study.attributes = {}
+    study.labels[:9] = -1
+    (value, stated), = facts_of(study).values()
+    assert [*facts_of(study)] == ["label"] and value.tolist() == stated.tolist() == study.labels.tolist()
+    several = data.Study("s", np.stack([study.labels == 1, study.labels == 2], 1).astype(int), ["a", "b"], images=study.images)
+    assert facts_of(several) == {}
+
+
+def test_a_judge_is_told_what_to_expect():
+    """Chance is the share of the most common class; new and known words split the rows that state a fact; images judge as themselves."""
+    study = phantoms(300, 1, size=16).select(("image", "note"))
+    train, rows = np.arange(200), np.arange(200, 300)
+    new = np.random.default_rng(0).random(300) < 0.7
+    judging = judged(study, train, rows, new=new)
+    right, counted = study.attributes["agree"][rows] == 1, {}
+    for fact in ("kind", "side"):
+        value = study.attributes[fact][rows]
+        for name, part in ((fact, right), (f"{fact}, new words", right & new[rows]), (f"{fact}, known words", right & ~new[rows])):
+            stated = value[part & (value >= 0)]
+            assert judging.truths[name][0] == fact and judging.truths[name][1][part].tolist() == value[part].tolist()
+            assert (judging.truths[name][1][~part] == -1).all()
+            assert judging.chance[name] == pytest.approx(max(np.bincount(stated)) / len(stated))
+            counted[name] = len(stated)
+        parts = [name for name in counted if name.startswith(f"{fact},")]
+        assert sum(counted[name] for name in parts) == counted[fact] > min(counted[name] for name in parts) > 0
+        assert sum(counted[name] * judging.ceiling[name] for name in parts) == pytest.approx(counted[fact] * judging.ceiling[fact], rel=1e-5)
+    verdict = judge.verdict(judging, study.images[rows])
+    assert abs(verdict.pop("frechet")) < 1e-6 < judging.floor and verdict.pop("nearest") == judging.nearest > 0
+    assert verdict == judging.ceiling
+    described = judge.described(judging)
+    assert described["n"] == 100 and described["chance"] == judging.chance and described["autoencoder"] is None
+    everything = judged(study, train, rows, new=np.ones(300, bool))
+    assert "kind, known words" not in everything.ceiling and everything.ceiling["kind, new words"] == everything.ceiling["kind"]
+    with pytest.raises(data.Refused, match="--judge needs 2 samples"):
+        judged(study, train[:1], rows)
+
+
+def test_a_judge_of_labelled_studies_and_of_several_findings():
+    study = phantoms(300, 1, size=16).select(("image", "note"))
+    study.attributes = {}
+    train, rows = np.arange(200), np.arange(200, 300)
+    study.labels[190:210] = -1
+    judging = judged(study, train, rows)
+    assert [*judging.ceiling] == ["label"] and judging.truths["label"][1].tolist() == study.labels[rows].tolist()
+    known = study.labels[210:]
+    assert judging.chance == {"label": pytest.approx(max(np.bincount(known)) / len(known))}
+    several = data.Study("s", np.stack([study.labels == 1, study.labels == 2], 1).astype(int), ["a", "b"], images=study.images, notes=study.notes)
+    judging = judged(several, train, rows)
+    assert judging.ceiling == judging.chance == {} and {*judge.verdict(judging, several.images[rows])} == {"frechet", "nearest"}
+
+
+def test_a_judge_depends_on_its_rows_and_seed_alone():
+    """Not on torch's generator, and its readers not on anything of the held-out rows."""
+    study = phantoms(300, 1, size=16).select(("image", "note"))
+    train, rows = np.arange(200), np.arange(200, 300)
+    first = judged(study, train, rows)
+
+    def again():
+        torch.manual_seed(99)
+        torch.rand(7)
+        vit = first.vit
+        return judge.prepare(vit, study, train, rows, 0, (study.images[train], study.images[rows]))
+
+    assert judge.described(again()) == judge.described(first)
+    tokens = judge.last_tokens(first.vit, study.images[rows]).flatten(1)
+    answers = {fact: reader(tokens).tolist() for fact, reader in first.readers.items()}
+    for name in ("kind", "side", "agree"):
+        study.attributes[name][rows] = study.attributes[name][rows][::-1]
+    other = again()
+    assert {fact: reader(tokens).tolist() for fact, reader in other.readers.items()} == answers and other.ceiling != first.ceiling
+
+
+def test_a_resumed_run_shows_the_judges_table_again(tiny, tmp_path, monkeypatch, capsys):
+    """Stopped between two methods and gone on with, or finished and shown again: the same tables and the same bytes."""
+    monkeypatch.chdir(tmp_path)
+    table = report.selora_table
+    monkeypatch.setattr(report, "selora_table", lambda content, timings: table(content, {}))  # seconds differ
+    argv = [*TINY, "--judge", str(tiny[1]), "--rule", "fixed"]
+    tables = lambda: [part for part in re.findall(r"the base on its own domain.*?(?=\n[a-z ]+ s0 |\nConv|\nno fig|\n\n)|\nphantoms \(target\).*?(?=\nranks|\nno fig)", capsys.readouterr().out, re.S)]
+    train_selora.main([*argv, "--out", "whole"])
+    first = tables()
+    assert len(first) == 2 and "drawn by the base" in first[0] and "most common answer" in first[1]
+    train_selora.main([*argv, "--out", "whole", "--resume"])
+    assert tables() == first
+    draw, calls = train_selora.rows_at, []
+
+    def rows_at(*args):
+        calls.append(args)
+        if len(calls) == 20:  # step 5 of the second training, the first one's adapter is there
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*args)
+
+    monkeypatch.setattr(train_selora, "rows_at", rows_at)
+    with pytest.raises(SystemExit) as stopped:
+        train_selora.main([*argv, "--out", "cut"])
+    assert stopped.value.code == 143 and (tmp_path / "cut/adapters/fixed-s0.pt").exists() and not (tmp_path / "cut/adapters/full-s0.pt").exists()
+    capsys.readouterr()
+    train_selora.main([*argv, "--out", "cut", "--resume"])
+    assert tables() == first
+    names = ("metrics.json", "model.pt", "adapters/fixed-s0.pt", "adapters/full-s0.pt")
+    assert files(tmp_path / "cut", *names) == files(tmp_path / "whole", *names)
 
 
 def test_linear_reader_and_agreement():
@@ -199,9 +444,9 @@ def test_merged_and_unmerged_models_sample_the_same_image(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     train_selora.main([*TINY, "--out", "r", "--rule", "fixed", "--lr", "0.05"])
     saved, model, vae = load_selora(tmp_path / "r")
-    alphas = diffusion.alphas_cumprod(kind=saved["schedule"])
+    alphas = diffusion.alphas_cumprod(noisier=saved["noisier"])
     ids = torch.from_numpy(tokenize(["coin lesion sinistral, pyrexia", ""], 64, 10))
-    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, *vae.latent_shape, generator=torch.Generator().manual_seed(0))
     base = Denoiser(**model.config)
     base.load_state_dict(checkpoint.load(tmp_path / "r/model.pt")["base"])
     draw = lambda model: vae.decode(diffusion.sample(model, noise, ids, 10, 2.0, alphas))
@@ -218,7 +463,7 @@ def test_pictures_and_no_matplotlib(tmp_path, monkeypatch, capsys):
         patch.setattr("minilora.report.pyplot", lambda: None)
         train_selora.main([*TINY, "--out", "plain"])
     train_selora.main([*TINY, "--out", "shown"])
-    assert all((tmp_path / "shown" / name).stat().st_size > 5000 for name in ("ranks.png", "samples.png"))
+    assert all((tmp_path / "shown" / name).stat().st_size > 5000 for name in ("ranks.png", "samples.png", "strip.png"))
     same = "adapters/ratio-s0.pt"  # looking changes nothing
     assert (tmp_path / "plain" / same).read_bytes() == (tmp_path / "shown" / same).read_bytes()
     real = builtins.__import__
@@ -227,7 +472,15 @@ def test_pictures_and_no_matplotlib(tmp_path, monkeypatch, capsys):
     train_selora.main([*TINY, "--out", "plain", "--resume"])
     said = capsys.readouterr().out
     assert "minilora[pictures]" in said and "convolution 3x3" in said and "█" in said
-    assert np.load(tmp_path / "plain/samples.npy").shape == (8, 32, 32)
+    assert not [*(tmp_path / "plain").glob("*.png")]
+    photo, before, after, other, third, near = np.load(tmp_path / "plain/samples.npy")
+    parts = np.load(tmp_path / "plain/split-s0.npz")
+    study = phantoms(120, 2)
+    assert photo.shape == (8, 32, 32) and (photo == study.images[parts["test"][:8]]).all()
+    assert all((one != two).any() for one, two in itertools.combinations((before, after, other, third), 2))
+    which, _ = nearest(after, study.images[parts["train"]])
+    assert (near == study.images[parts["train"]][which]).all()
+    assert np.load(tmp_path / "plain/strip.npy").shape == (3, 3, 32, 32)  # pure noise and two steps
 
 
 def missing():
@@ -240,7 +493,7 @@ def test_a_run_says_first_what_it_adapts_and_how_much_work_is_ahead(tmp_path, mo
     with pytest.raises(SystemExit):
         train_selora.main([*TINY, "--out", "r", "--rules-table", "--seeds", "2"])
     said = capsys.readouterr().out
-    assert "50 layers adapted; an adapter of rank 1 has 2,364, of rank 8 18,912" in said
+    assert f"{len(COSTS)} layers adapted; an adapter of rank 1 has {sum(COSTS):,}, of rank 8 {8 * sum(COSTS):,}" in said
     assert "40 runs of 14 steps" in said and not list(tmp_path.iterdir())
 
 
@@ -269,7 +522,7 @@ def test_every_entry_of_a_model_and_of_an_adapter_counts(tmp_path, monkeypatch):
         """All that an export rests on: what the manifest says, the golden inputs, the weights."""
         saved, model, vae = load_selora(run, method)
         said = export_selora.described(saved, 1000, "float32"), saved["adapter"]["method"], saved["adapter"]["seed"], saved["adapter"]["ranks"]
-        return said, export_selora.golden_sampler(saved["config"], 1000), selora.merge(model).state_dict(), vae.state_dict()
+        return said, export_selora.golden_sampler(saved, 1000), selora.merge(model).state_dict(), vae.state_dict()
 
     assert only_refused(run / "model.pt", checkpoint.FORMS["selora"], exported) > 400
     form = checkpoint.FORMS["selora adapter"]
@@ -277,7 +530,7 @@ def test_every_entry_of_a_model_and_of_an_adapter_counts(tmp_path, monkeypatch):
     study = phantoms(120, 2).select(("image", "note"))
     cfg = SimpleNamespace(augment=f"{run}:2", missing="any:0.5", image_size=32)
     augmented = lambda: draw_studies(cfg, study, {"parts": data.split(study, 0)}, 0, "cpu")
-    assert only_refused(run / "model.pt", {"study": str, "schedule": str, "vae_config": checkpoint.VAE}, augmented) > 40
+    assert only_refused(run / "model.pt", {"study": str, "noisier": float, "vae_config": checkpoint.VAE}, augmented) > 40
     split = (run / "split-s0.npz").read_bytes()
     for arrays in ({}, {"train": np.zeros((2, 2), int)}, {"train": np.array(["x"])}):
         np.savez(run / "split-s0.npz", **arrays)
@@ -360,3 +613,27 @@ def test_a_base_or_a_kept_adapter_that_fits_nothing_ends_in_one_line(tmp_path, m
         said = capsys.readouterr().err
         assert stopped.value.code == 2 and said.startswith("error: r/model.pt: entry 'adapter.state.") and said.count("\n") == 1, said
         assert ".scale' is missing" in said
+
+
+def test_runs_of_an_earlier_version_are_refused_by_name(tmp_path, refused, monkeypatch, capsys):
+    """model.pt with a kind of schedule instead of its noise, an autoencoder without grain or a UNet of levels; and a run folder."""
+    monkeypatch.chdir(tmp_path)
+    argv = [*TINY, "--steps", "6", "--rule", "fixed", "--out", "r"]
+    train_selora.main(argv)
+    saved = checkpoint.load("r/model.pt")
+    tiny_mora = ["--phantoms", "120", "--steps", "2", "--pretrain-steps", "2", "--device", "cpu", "--out", "m", "--augment", "r:5"]
+    old = {k: v for k, v in saved.items() if k != "noisier"} | {"schedule": "cosine"}
+    grainless = saved | {"vae": {k: v for k, v in saved["vae"].items() if k != "grain"}}
+    levels = saved | {"config": saved["config"] | {"levels": 2}}
+    for content, words in ((old, "entry 'noisier' is missing; the file was changed, or is of another version"), (grainless, "entry 'vae': weight 'grain' is missing"), (levels, "levels")):
+        checkpoint.save("r/model.pt", content)
+        capsys.readouterr()
+        for main, line in ((export.main, ["selora", "r"]), (export.main, ["selora", "r", "--hot-swap", "swap"]), (export.main, ["peft", "r", "--out", "p"]), (train_mora.main, tiny_mora)):
+            said = refused(main, *line)
+            assert said.startswith("error: r/model.pt: ") and words in said, said
+    config = json.loads((tmp_path / "r/config.json").read_text())
+    shutil.copytree("r", "old")
+    del config["noisier"]
+    (tmp_path / "old/config.json").write_text(json.dumps(config | {"schedule": "cosine"}))
+    said = refused(train_selora.main, *argv[:-1], "old", "--resume")
+    assert "old holds a run of another configuration (" in said and "schedule cosine there, None here" in said

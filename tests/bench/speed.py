@@ -124,7 +124,7 @@ def denoising(batch=32):
     """The default denoiser's size as a fresh model with its step's inputs: (make, inputs of diffusion.denoising_loss)."""
     torch.manual_seed(0)
     make = lambda: Denoiser(text_depth=1, positions=16)
-    z, noise = torch.randn(batch, 4, 8, 8), torch.randn(batch, 4, 8, 8)
+    z, noise = torch.randn(batch, 4, 16, 16), torch.randn(batch, 4, 16, 16)
     ids, t = torch.randint(3, 2048, (batch, 16)), torch.randint(0, 1000, (batch,))
     return make, (z, ids, t, noise, diffusion.alphas_cumprod())
 
@@ -331,14 +331,14 @@ def synthesis(folder):
         adapter = {"method": name, "rule": "fixed", "seed": 0, "state": selora.adapter_state(model), "base_hash": "", "ranks": {}}
         checkpoint.save(folder / name / "model.pt", {
             "format": 1, "kind": "selora", "config": model.config, "base": base.state_dict(), "base_hash": "", "targets": "",
-            "vae_config": vae.config, "vae": vae.state_dict(), "schedule": "cosine", "capacity": 8, "adapter": adapter, "data": "",
+            "vae_config": vae.config, "vae": vae.state_dict(), "noisier": 9.0, "capacity": 8, "adapter": adapter, "data": "",
             "study": "", "synthetic": True, "synthetic_notes": False})  # fmt: skip
         served[name] = serve.Synthesizer(export_selora.export_selora(folder / name), "cpu")
     step = {name: serve.open_session(s.folder / "denoise.onnx", "cpu") for name, s in served.items()}
     walk, words, found = serve.walk(20, 1000), ids.numpy(), {}
     for B in (1, 8):
         feed = {"z": z[:B].numpy(), "t": t[:B].numpy(), "ids": words[:B]}
-        call = {name: partial(s.run, ["eps"], feed) for name, s in step.items()}
+        call = {name: partial(s.run, ["velocity"], feed) for name, s in step.items()}
         found[f"ort_merged_vs_base, denoise, batch {B}"] = compare(call["merged"], call["base"])
         eager = partial(torch.no_grad()(model.forward), z[:B], t[:B], ids[:B])
         found[f"ort_vs_eager, denoise, batch {B}"] = compare(call["merged"], eager)
@@ -347,12 +347,14 @@ def synthesis(folder):
             x, a, pair = noise[:B].numpy(), alphas.numpy(), np.concatenate([words[:B], tokenize([""] * B, 2048, 16)])
             signal = [*a[walk].astype(np.float32), np.float32(1)]
             for time_, now, then in zip(walk, signal, signal[1:]):
-                both = step["merged"].run(["eps"], {"z": np.concatenate([x, x]), "t": np.full(2 * B, time_), "ids": pair})[0]
-                eps = both[B:] + np.float32(2) * (both[:B] - both[B:])
-                x = np.sqrt(then) * (x - np.sqrt(1 - now) * eps) / np.sqrt(now) + np.sqrt(1 - then) * eps
+                both = step["merged"].run(["velocity"], {"z": np.concatenate([x, x]), "t": np.full(2 * B, time_), "ids": pair})[0]
+                v = both[B:] + np.float32(3) * (both[:B] - both[B:])
+                z0, rest = np.sqrt(now) * x - np.sqrt(1 - now) * v, np.sqrt(1 - now) * x + np.sqrt(now) * v
+                x = np.sqrt(then) * z0 + np.sqrt(1 - then) * rest
             return x
 
-        whole = partial(served["merged"].run, noise[:B].numpy(), words[:B], 2.0, walk)
+        grain = np.zeros((B, *vae.image_shape), np.float32)
+        whole = partial(served["merged"].run, noise[:B].numpy(), grain, words[:B], 3.0, walk)
         found[f"sampler_graph_vs_python_loop, batch {B}"] = compare(whole, python_loop)
     return found
 

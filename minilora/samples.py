@@ -1,0 +1,126 @@
+"""What is drawn, judged and shown of a run of train_selora.py. Skip it when you read for the method.
+
+Letters: n images, N samples, S image size.
+"""
+
+import numpy as np
+import torch
+
+from minilora import data, diffusion, judge, report
+
+
+def draw(cfg, model, vae, pairs, rows, seeds):
+    """uint8 images [n,S,S] or [n,S,S,3] from the words of the rows, as the configuration of
+    train_selora.py samples them; seeds [n] draw their noise."""
+    ids = pairs.ids[rows]
+    steps = cfg.sample_steps
+    return diffusion.draw_images(model, vae, ids, seeds, steps, cfg.guidance, pairs.alphas)
+
+
+def pixels(study, vae, rows=slice(None)):
+    """Images [n,ch,S,S] in [-1,1] of the rows of a study, as the autoencoder takes them, where it
+    is."""
+    channels, size, _ = vae.image_shape
+    x = data.prepare_images(study.images[rows], size, channels)
+    return torch.from_numpy(x).to(vae.shift.device)
+
+
+def look(study, vae, rows):
+    """uint8 images of the rows, in the size and the channels of drawn ones."""
+    return diffusion.pictures(pixels(study, vae, rows))
+
+
+@torch.no_grad()
+def through(vae, study, rows):
+    """uint8 images of the rows, encoded and decoded, with the autoencoder's grain: the best that
+    anything drawn in its latents can be."""
+    generator = torch.Generator().manual_seed(0)
+    images = []
+    for part in pixels(study, vae, rows).split(256):
+        mean, _ = vae.encode(part)
+        noise = torch.randn(part.shape, generator=generator).to(part)
+        images.append(vae.decode(mean, noise))
+    return diffusion.pictures(torch.cat(images))
+
+
+def set_grain(cfg, vae, study, train):
+    """Measure the noise that the autoencoder leaves out, on training rows; 0 with --no-grain."""
+    if cfg.grain:
+        vae.measure_grain(pixels(study, vae, train[:2000]))
+
+
+def judge_of(vit, study, vae, train, rows, seed, new=None):
+    """The judge of the rows, and what it says of their real images through the autoencoder."""
+    training = look(study, vae, train)
+    own = look(study, vae, rows)
+    judging = judge.prepare(vit, study, train, rows, seed, (training, own), new)
+    judging.autoencoder = judge.verdict(judging, through(vae, study, judging.rows))
+    return judging
+
+
+def judge_base(cfg, vit, source, pairs, heldout, model, vae):
+    """What the judge says of the source's held-out images and of those that the base draws from
+    their words, printed: where quality is lost before anything is adapted."""
+    train = np.setdiff1d(np.arange(len(source)), heldout)
+    set_grain(cfg, vae, source, train)
+    judging = judge_of(vit, source, vae, train, heldout, 0)
+    images = draw(cfg, model, vae, pairs, judging.rows, judging.rows)
+    result = judge.described(judging)
+    result["base"] = judge.verdict(judging, images)
+    print(report.base_table(result))
+    return result
+
+
+def show(cfg, target, split, pairs, vae, models):
+    """Draw samples.png, from the first words of the held-out split, and strip.png, from noise to
+    image; models {label: denoiser}, the base and the adapted one."""
+    rows = split["test"][:8]
+    (before, base), (after, adapted) = models.items()
+    drawn = []
+    for k in range(3):
+        seeds = 10**6 * k + rows
+        drawn.append(draw(cfg, adapted, vae, pairs, rows, seeds))
+    real = look(target, vae, rows)
+    training = look(target, vae, split["train"])
+    which, distance = judge.nearest(drawn[0], training)
+    _, usual = judge.nearest(real, training)
+    distances = []
+    for drawn_one, real_one in zip(distance, usual):
+        distances.append(f"distance {drawn_one:.0f}; real: {real_one:.0f}")
+    lines = [
+        ("real", real, None),
+        (before, draw(cfg, base, vae, pairs, rows, rows), None),
+        (after, drawn[0], None),
+        ("other noise", drawn[1], None),
+        ("other noise", drawn[2], None),
+        ("training image nearest to row 3", training[which], distances),
+    ]
+    title = f"{target.name}: the first {len(rows)} held-out samples, guidance {cfg.guidance:g}"
+    report.grid(cfg.out / "samples.png", title, notes_of(target, rows), lines)
+    strip(cfg, target, rows[:3], pairs, vae, adapted)
+
+
+def notes_of(study, rows):
+    """The words of the rows, as a picture shows them."""
+    return [str(note) or "(no words)" for note in study.notes[rows]]
+
+
+def strip(cfg, target, rows, pairs, vae, model):
+    """Draw strip.png: what the latents decode to, from noise to image."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(len(rows), *vae.latent_shape, generator=generator).to(pairs.z.device)
+    trail = [z]
+    ids = pairs.ids[rows]
+    diffusion.sample(model, z, ids, cfg.sample_steps, cfg.guidance, pairs.alphas, trail)
+    shown = np.linspace(0, len(trail) - 1, min(10, len(trail)))
+    shown = shown.round().astype(int)
+    columns = []
+    for k in shown:
+        with torch.no_grad():
+            decoded = vae.decode(trail[k])
+        columns.append(diffusion.pictures(decoded))
+    images = np.stack(columns, 1)  # [n,10,S,S]
+    notes = notes_of(target, rows)
+    lines = [(note, row, None) for note, row in zip(notes, images)]
+    title = f"{target.name}: from noise to image"
+    report.grid(cfg.out / "strip.png", title, [f"step {k}" for k in shown], lines)
