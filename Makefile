@@ -35,7 +35,7 @@ demo: install
 	    --note "aerated, no ailment, unknown" --out runs/demo/selora/sheet.png
 	@echo "== both: draw the missing image from the words, then diagnose"
 	$(PY) export.py predict runs/demo/mora/onnx --data runs/demo/mora/phantoms.npz --synthesizer runs/demo/selora/onnx \
-	    --split runs/demo/mora/split-s0.npz --missing any:0.7 --steps 10 --out runs/demo/mora/filled.csv
+	    --split runs/demo/mora/split-s0.npz --missing any:0.7 --out runs/demo/mora/filled.csv
 	@echo "== look at macro_f1.png in runs/demo/mora; samples.png, strip.png, ranks.png and sheet.png in runs/demo/selora; next: README.md"
 
 # The suite in two halves of about the same time, one on each core; the second is printed when both are through.

@@ -101,7 +101,7 @@ def guided_velocity(model, z, t, ids, guidance):
 
 
 @torch.no_grad()
-def sample(model, noise, ids, steps=20, guidance=3.0, alphas=None, trail=None):
+def sample(model, noise, ids, steps=10, guidance=3.0, alphas=None, trail=None):
     """Latents [B,L,S,S] from noise [B,L,S,S] ~ normal(0, 1) and word ids [B,P], by `steps`
     deterministic DDIM steps at the `timesteps`. Sample b depends on row b only. `trail`, a list,
     gets the latents after every step. ValueError if steps is outside [1, schedule] or guidance is
@@ -123,7 +123,7 @@ def sample(model, noise, ids, steps=20, guidance=3.0, alphas=None, trail=None):
 
 
 @torch.no_grad()
-def draw_images(model, vae, ids, seeds, steps=20, guidance=3.0, alphas=None):
+def draw_images(model, vae, ids, seeds, steps=10, guidance=3.0, alphas=None):
     """uint8 images [B,S,S] or [B,S,S,3] from word ids [B,P], decoded by `vae`, in parts of 200;
     seeds[b] draws the noise of image b, then its grain."""
     images = []

@@ -75,6 +75,10 @@ class Judge:
     chance: dict  # {measure: agreement of the most common class}
     autoencoder: dict | None = None  # `verdict` on the real images through the autoencoder
 
+    def facts(self):
+        """The facts that the words of some row rightly state."""
+        return [fact for fact in self.readers if fact in self.truths]
+
 
 @torch.no_grad()
 def agreement(reader, tokens, truth):

@@ -315,6 +315,7 @@ def base_table(result):
         "real images": result["ceiling"] | {"frechet": result["floor"]},
         "through the autoencoder": result["autoencoder"],
         "drawn by the base": result["base"],
+        "the same, words ignored": ignored(result["base"]),
         "most common answer": result["chance"],
     }
     names = ["frechet", *result["ceiling"]]
@@ -323,6 +324,12 @@ def base_table(result):
     for row, values in rows.items():
         lines.append(f"{row:26s}" + "".join(f"{number(values.get(k)):>10s}" for k in names))
     return "\n".join(lines)
+
+
+def ignored(verdict):
+    """{fact: agreement of images that were drawn without the words}."""
+    suffix = ", words ignored"
+    return {k.removesuffix(suffix): v for k, v in verdict.items() if k.endswith(suffix)}
 
 
 def number(value):
@@ -359,7 +366,7 @@ def selora_table(report, timings):
 
 def judge_lines(judge, columns, methods):
     """The rows below the methods that bound what the judge can say, what the columns are, and
-    agreement by words that the base knew or not."""
+    agreement by words that the base knew or not, and with no words at all."""
     real = judge["ceiling"] | {"frechet": judge["floor"], "nearest": judge["nearest"]}
     bounds = {
         "through the autoencoder": judge["autoencoder"],
@@ -376,10 +383,14 @@ def judge_lines(judge, columns, methods):
         "nearest: distance to the nearest training image, grey levels; the others: how often a "
         "linear reader finds what the words state."
     )
-    for measure in judge["ceiling"]:
+    yield "new words: the base was not pretrained on one of them; ignored: the same noise, guidance 0."
+    for measure in next(iter(methods.values())):
         if "," in measure:
             each = [f"{name} {number(method.get(measure))}" for name, method in methods.items()]
-            yield f"{measure} to the base: {', '.join(each[:7])}; real {number(real[measure])}"
+            if measure in real:
+                each.append(f"real {number(real[measure])}")
+            line = f"{measure}: {', '.join(each)}"
+            yield textwrap.fill(line, 120, subsequent_indent="    ")
 
 
 def selora_conclusion(report):

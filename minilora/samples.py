@@ -3,6 +3,8 @@
 Letters: n images, N samples, S image size.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -58,15 +60,26 @@ def judge_of(vit, study, vae, train, rows, seed, new=None):
     return judging
 
 
+def judged(cfg, judging, model, vae, pairs):
+    """What the judge says of images drawn from the words of its rows, and, as a control, of images
+    from the same noise with guidance 0, which ignores the words."""
+    rows = judging.rows
+    result = judge.verdict(judging, draw(cfg, model, vae, pairs, rows, rows))
+    wordless = replace(cfg, guidance=0.0)
+    control = judge.verdict(judging, draw(wordless, model, vae, pairs, rows, rows))
+    for fact in judging.facts():
+        result[f"{fact}, words ignored"] = control[fact]
+    return result
+
+
 def judge_base(cfg, vit, source, pairs, heldout, model, vae):
     """What the judge says of the source's held-out images and of those that the base draws from
     their words, printed: where quality is lost before anything is adapted."""
     train = np.setdiff1d(np.arange(len(source)), heldout)
     set_grain(cfg, vae, source, train)
     judging = judge_of(vit, source, vae, train, heldout, 0)
-    images = draw(cfg, model, vae, pairs, judging.rows, judging.rows)
     result = judge.described(judging)
-    result["base"] = judge.verdict(judging, images)
+    result["base"] = judged(cfg, judging, model, vae, pairs)
     print(report.base_table(result))
     return result
 

@@ -500,7 +500,7 @@ class Synthesizer:
         }
         return self.session.run(["images"], feed, self.options(adapter))[0]
 
-    def sample(self, notes, steps=20, guidance=3.0, seed=0, adapter=None, grain=True):
+    def sample(self, notes, steps=10, guidance=3.0, seed=0, adapter=None, grain=True):
         """uint8 [B,S,S] or [B,S,S,3], an image for each of B notes ('' draws without words).
 
         steps: DDIM steps; guidance: 0 ignores the words, 1 is the model itself, more exaggerates

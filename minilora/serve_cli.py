@@ -109,7 +109,7 @@ def add_predict(p):
 def add_sampling(p):
     """The arguments of whatever draws images."""
     p.add_argument(
-        "--steps", type=int, default=20, help="DDIM steps of a drawn image (default: 20)"
+        "--steps", type=int, default=10, help="DDIM steps of a drawn image (default: 10)"
     )
     p.add_argument(
         "--guidance", type=float, default=3.0, help="weight of the words in it (default: 3)"

@@ -504,7 +504,9 @@ def finished_rule(ctx, job, seed, path, name):
     layers = [{*each} for each in ranks]
     results = {"heldout_loss", "val_loss"}
     if ctx.judges:
-        results |= {"frechet", "nearest", *ctx.judges[seed].truths}
+        judge = ctx.judges[seed]
+        results |= {"frechet", "nearest", *judge.truths}
+        results |= {f"{fact}, words ignored" for fact in judge.facts()}
     check_entries(path, {
         "method": (content["method"], job.name),
         "rule": (content["rule"], job.rule),

@@ -122,7 +122,7 @@ def test_attention_is_torchs():
     q, k, v = (part.unflatten(2, (3, 4)).transpose(1, 2) for part in (attention.query(x), k, v))
     wanted = attention.out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
     torch.testing.assert_close(attention(x, context, bias), wanted, rtol=0, atol=1e-6)
-    torch.testing.assert_close(attention(x, context, bias)[1:], attention(x[1:], context[1:, :4]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(attention(x, context, bias)[1:], attention(x[1:], context[1:, :4], None), rtol=0, atol=1e-6)
 
 
 def test_a_text_block_reads_tokens_and_a_pixel_block_words_too():
@@ -134,7 +134,7 @@ def test_a_text_block_reads_tokens_and_a_pixel_block_words_too():
     x, words, padding = torch.randn(2, 5, 8), torch.randn(2, 4, 6), torch.zeros(2, 1, 1, 4)
     padding[1, ..., 2:] = float("-inf")
     h = text.norm1(x)
-    h = x + text.to_tokens(h, h)
+    h = x + text.to_tokens(h, h, None)
     torch.testing.assert_close(text(x), h + text.mlp(text.norm3(h)), rtol=0, atol=0)
     shorter = torch.zeros(2, 1, 1, 5)
     shorter[..., 3:] = float("-inf")

@@ -188,11 +188,12 @@ def test_the_judge_reads_samples_and_what_bounds_them(tiny, tmp_path, monkeypatc
     held = np.load(tmp_path / "r/split-s0.npz")
     facts = {"kind", "side"}
     measures = {f"{fact}{words}" for fact in facts for words in ("", ", new words", ", known words")}
+    ignored = {f"{fact}, words ignored" for fact in facts}
     assert verdict["n"] == len(held["val"]) + len(held["test"]) and 0 < verdict["floor"][0] and 0.5 <= verdict["ceiling"]["side"][0] <= 1
     assert {*verdict["ceiling"]} == {*verdict["chance"]} == measures and {*verdict["autoencoder"]} == measures | {"frechet", "nearest"}
     for method in content["methods"].values():
         assert method["frechet"][0] > verdict["floor"][0]  # a handful of steps draws no chest
-        assert method["nearest"][0] > 0 and all(0 <= method[name][0] <= 1 for name in measures)
+        assert method["nearest"][0] > 0 and all(0 <= method[name][0] <= 1 for name in measures | ignored)
     header, rows = printed_table(said, "phantoms (target), synthetic data; held-out denoising loss", 6)
     columns = ["frechet", "nearest", "kind", "side"]
     assert header[-4:] == columns
@@ -200,18 +201,34 @@ def test_the_judge_reads_samples_and_what_bounds_them(tiny, tmp_path, monkeypatc
     expected = {**content["methods"], "through the autoencoder": verdict["autoencoder"], "real images": real, "most common answer": verdict["chance"]}
     for name, values in expected.items():
         assert rows[name][-4:] == [f"{values[column][0]:.3f}" if column in values else "-" for column in columns], name
-    assert "not Inception FID" in said and "kind, new words to the base: unadapted " in said
+    assert "not Inception FID" in said and "kind, new words: unadapted " in said and "side, words ignored: unadapted " in said
 
     source = verdict["base on its source"]
     heldout = data.split(phantoms(300, 3, "source"), 0)["test"]  # the rows that the base has not seen
     assert source["n"] == len(heldout) and {*source["ceiling"]} == {*source["chance"]} == facts
-    assert {*source["base"]} == {*source["autoencoder"]} == facts | {"frechet", "nearest"}
-    header, rows = printed_table(said, f"the base on its own domain, {len(heldout)} held-out images", 4)
+    assert {*source["base"]} - ignored == {*source["autoencoder"]} == facts | {"frechet", "nearest"}
+    header, rows = printed_table(said, f"the base on its own domain, {len(heldout)} held-out images", 5)
     assert header == ["frechet", *source["ceiling"]]
     expected = {"real images": {**source["ceiling"], "frechet": source["floor"]}, "through the autoencoder": source["autoencoder"],
-                "drawn by the base": source["base"], "most common answer": source["chance"]}  # fmt: skip
+                "drawn by the base": source["base"], "the same, words ignored": {fact: source["base"][f"{fact}, words ignored"] for fact in facts}, "most common answer": source["chance"]}  # fmt: skip
     for name, values in expected.items():
         assert rows[name] == [f"{values[column]:.3f}" if column in values else "-" for column in header], name
+
+
+def test_words_ignored_is_the_same_noise_without_the_words(monkeypatch):
+    """The control draws with guidance 0, every row from the noise that its judged image came from."""
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8), dtype=np.uint8)
+    drawn = []
+
+    def spied_draw(cfg, model, vae, pairs, rows, seeds):
+        drawn.append((cfg.guidance, rows.tolist(), seeds.tolist()))
+        return images[::-1] if cfg.guidance == 0 else images
+
+    monkeypatch.setattr(samples, "draw", spied_draw)
+    monkeypatch.setattr(judge, "verdict", lambda judging, given: {"frechet": 1.0, "kind": float(given is images)})
+    judging = SimpleNamespace(rows=np.arange(3, 12), facts=lambda: ["kind"])
+    assert samples.judged(train_selora.Config(), judging, None, None, None) == {"frechet": 1.0, "kind": 1.0, "kind, words ignored": 0.0}
+    assert drawn == [(3.0, [*range(3, 12)], [*range(3, 12)]), (0.0, [*range(3, 12)], [*range(3, 12)])]
 
 
 def test_the_base_never_sees_the_held_out_rows_of_its_source(tiny, tmp_path, monkeypatch):
