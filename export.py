@@ -24,20 +24,25 @@ FORMATS = ("peft", "diffusers")
 
 
 def export_adapter(run, out, format="peft", method=None, seed=None):
-    """Write a run's SeLoRA adapter for other tools into a new folder: `minilora/interchange.py`.
-    Returns the folder.
+    """Write a run's SeLoRA adapter for other tools into a new folder: `minilora/interchange.py`;
+    beside it, as words.npz, the vectors of words that were trained too. Returns the folder.
     """
     from minilora import interchange
     from minilora.graphs import new_folder
     from minilora.models import load_selora
 
-    _, model, _ = load_selora(run, method, seed)
+    saved, model, _ = load_selora(run, method, seed)
+    words = {name: tensor.numpy() for name, tensor in saved["adapter"]["words"].items()}
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Refused(f"--out {out}: exists and is not an empty folder")
     with new_folder(out) as work:
         with data.refusing():
             getattr(interchange, f"save_{format}")(model, work)
+        if len(words["ids"]):
+            data.write_atomic(work / "words.npz", data.npz_bytes(words))
+            print(f"{out}/words.npz: the vectors of {len(words['ids'])} words that were trained too, which "
+                  "no such file holds: set these rows of text.words.weight in the base")
     return out
 
 

@@ -28,7 +28,7 @@ from minilora import checkpoint, data, diffusion, judge, ranks, report, samples,
 from minilora.cli import Bounds, Natural, Positive, Share, guarded
 from minilora.data import refusing
 from minilora.loop import Log, Loop, rows_at, warm_cosine
-from minilora.models import load_judge
+from minilora.models import changed_words, load_judge, put_words
 from minilora.processes import average, leader, own_part, pick_device, wait, world
 from minilora.ranks import ranks_of
 from minilora.report import REFERENCES
@@ -82,6 +82,9 @@ class Config:
     judge: Path | None = None
     # Regular expression over full layer names; empty: every Linear and Conv2d.
     targets: str = ""
+    # Train the vectors of the target's words as well, beside the adapters: an adapter of low rank
+    # cannot tell apart words that the base has never seen.
+    train_words: bool = True
     # Run every rule at the budgets of uniform rank 1 and 2, and print the comparison.
     rules_table: bool = False
     steps: Positive = 900  # Adaptation steps.
@@ -158,6 +161,9 @@ def adapt(cfg, pairs, model, job, seed, train, log, stop):
     trainable = [p for p in model.parameters() if p.requires_grad]
     if selora.adapters(model):
         trainable = selora.adapter_groups(model, 0.01)
+        if cfg.train_words:  # without decay, which would change words that no note has
+            words = [model.text.words.weight]
+            trainable.append({"params": words, "weight_decay": 0.0})
     lr = cfg.lr / 10 if job.rule == "full" else cfg.lr
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.01, fused=pairs.z.is_cuda)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(cfg.steps))
@@ -343,7 +349,11 @@ def run_job(cfg, ctx, job, seed):
     if job.rule != "unadapted":
         seconds, history = adapt(cfg, ctx.pairs, model, job, seed, train, ctx.log, ctx.stop)
     result = evaluate(cfg, ctx, model.eval(), seed)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    words = changed_words(model, ctx.base)
+    adapter_params = selora.adapter_parameters(model)
+    trainable = sum(p.numel() for p in model.parameters())
+    if job.rule != "full":
+        trainable = adapter_params + words["vectors"].numel()
     content = {
         "format": 1,
         "kind": "selora adapter",
@@ -355,8 +365,10 @@ def run_job(cfg, ctx, job, seed):
         "ranks": history[-1][1],
         "history": history,
         "result": result,
-        "trainable_params": 0 if job.rule == "unadapted" else trainable,
-        "adapter_params": selora.adapter_parameters(model),
+        "words": words,
+        "trainable_params": trainable,
+        "adapter_params": adapter_params,
+        "word_params": words["vectors"].numel(),
         "base_hash": ctx.base_hash,
     }
     return checkpoint.finished(cfg.out, path, content, {f"{job.name}-s{seed}": round(seconds, 3)})
@@ -372,6 +384,7 @@ def inject(cfg, pairs, model, job, seed, train, replay):
     elif planned:
         gradients = neyman_gradients(cfg, pairs, model, seed, train)  # only neyman reads them
         ranks.set_ranks(model, ranks.plan(model, job.rule, job.budget, gradients))
+    model.text.words.weight.requires_grad_(cfg.train_words)
 
 
 def neyman_gradients(cfg, pairs, model, seed, train):
@@ -439,7 +452,7 @@ def prepare(cfg, config, studies, device, stop):
     pairs}, autoencoder, the denoiser's state, its hash, held-out rows of the source)."""
     source = studies["source"]
     channels = 3 if any(study.images.ndim == 4 for study in studies.values()) else 1
-    fixed = [4, data.fingerprint(source), channels]
+    fixed = [3, data.fingerprint(source), channels]
     fixed += [cfg.image_size, cfg.latent, cfg.factor, cfg.vae_width, cfg.vae_steps]
     heldout = data.split(source, 0)["test"]  # the base is judged by images that it has not seen
     train = np.setdiff1d(np.arange(len(source)), heldout)
@@ -537,6 +550,7 @@ def finish(cfg, ctx, identity, results, on_source):
     selora.inject(model, cfg.targets or None, 0, cfg.capacity)
     with refusing(f"{cfg.out}/adapters/{kept.replace(' ', '-')}-s0.pt"):
         selora.load_adapter(model, results[kept][0]["state"])
+        put_words(model, results[kept][0]["words"])
     content = {
         "format": 1,
         "kind": "selora",

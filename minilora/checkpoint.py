@@ -47,6 +47,7 @@ ADAPTER = {
     "rule": str,
     "seed": 0,
     "state": {str: (LAYERS[str], torch.Tensor)},
+    "words": {"ids": torch.Tensor, "vectors": torch.Tensor},
     "base_hash": str,
 }
 MOMENTS = dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), torch.Tensor)
@@ -96,6 +97,7 @@ FORMS = {
         "result": {str: float},
         "trainable_params": 0,
         "adapter_params": 0,
+        "word_params": 0,
     },
     "base": {"state": WEIGHTS, "readers": WEIGHTS},
     "vae": {"state": WEIGHTS},

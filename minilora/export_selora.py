@@ -26,6 +26,8 @@ from minilora.data import Refused
 from minilora.graphs import OPSET, finish, new_folder, pad, to_half, trace, write_graph
 from minilora.models import load_selora
 
+WORDS = "text.words.weight"  # the vectors of the words [buckets,Dt]
+
 
 def export_selora(run, out=None, method=None, seed=None, fp16=False, hot_swap=None, name=None):
     """Write RUN/onnx: sampler.onnx (words to image in one run), denoise.onnx (one prediction of the
@@ -163,6 +165,7 @@ def traced_parts(saved, model, vae, swapped):
     s = saved["config"]["size"]
     P = saved["config"]["positions"]
     axes = {
+        WORDS: {},
         "ids": {0: "batch", 1: "length"},
         "words": {0: "two", 1: "length"},
         "bias": {0: "two", 3: "length"},
@@ -174,7 +177,8 @@ def traced_parts(saved, model, vae, swapped):
         "images": {0: "batch"},
     }
     for name, value in swapped.items():
-        axes[name] = {rank_axis(name, value): f"rank {name[:-2]}"}
+        if name != WORDS:
+            axes[name] = {rank_axis(name, value): f"rank {name[:-2]}"}
 
     def encode(ids):
         return model.text(torch.cat([ids, diffusion.null_prompt(ids)]))  # [2B,P,Dt], [2B,1,1,P]
@@ -256,8 +260,8 @@ def sampler_model(parts, saved, alphas, swapped):
     `parts` are the traced prompt encoder, UNet, guided DDIM step and decoder. Noise and grain are
     normal(0, 1); the decoder multiplies the grain by its standard deviation per channel. The steps
     are an ONNX Loop; its body holds the UNet's weights, so that the CPU kernels fuse as in a plain
-    graph. `swapped` {name: A or B} become inputs whose default, one rank of zeros, is the base
-    (onnxruntime's Gemm refuses rank 0 itself).
+    graph. `swapped` {name: A, B or the words' vectors} become inputs whose default is the base: one
+    rank of zeros (onnxruntime's Gemm refuses rank 0 itself), and the base's words.
     """
     encode, weights = renamed(parts["text"].graph, "prompt/")
     decode, decoder_weights = renamed(parts["decoder"].graph, "decoder/")
@@ -290,6 +294,10 @@ def sampler_model(parts, saved, alphas, swapped):
     ]
     for name, example in swapped.items():
         shape = list(example.shape)
+        if name == WORDS:  # as they are, by default those of the base
+            weights.append(from_array(example.numpy(), name))
+            inputs.append(real(name, shape))
+            continue
         axis = rank_axis(name, example)
         shape[axis] = 1
         weights.append(from_array(np.zeros(shape, np.float32), name))
@@ -395,10 +403,11 @@ def swap_manifest(folder, name, base):
 
 
 def write_base(path, saved, model, vae, alphas, golden):
-    """Write the base's sampler, with A and B of every adapted layer as inputs; returns what torch
-    draws with it. The model is taken apart.
+    """Write the base's sampler, with A and B of every adapted layer and the words' vectors as
+    inputs; returns what torch draws with it. The model is taken apart.
     """
-    swapped = {}
+    model.load_state_dict({WORDS: saved["base"][WORDS]}, strict=False)
+    swapped = {WORDS: model.text.words.weight.detach()}
     for name, layer in selora.adapters(model).items():
         layer.B.data.zero_()
         layer.active = torch.ones(1, 1)  # fits any rank
@@ -413,8 +422,10 @@ def write_base(path, saved, model, vae, alphas, golden):
 
 
 def adapter_inputs(model):
-    """{name: A or scale . B} of every layer, as the sampler takes them in onnxruntime."""
-    values = {}
+    """{name: A or scale . B} of every layer and the words' vectors, as the sampler takes them in
+    onnxruntime."""
+    words = model.text.words.weight.detach().numpy()
+    values = {WORDS: onnxruntime.OrtValue.ortvalue_from_numpy(words)}
     for name, state in selora.adapter_state(model).items():
         A = state["A"]
         B = state["scale"] * state["B"]

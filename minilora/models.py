@@ -177,7 +177,32 @@ def load_selora(run, method=None, seed=None):
         selora.inject(model, saved["targets"] or None, 0, saved["capacity"])
     with refusing(file):
         selora.load_adapter(model, adapter["state"])
+        put_words(model, adapter["words"])
     return saved, model.eval(), vae.eval()
+
+
+def changed_words(model, base):
+    """{'ids' [n] ascending, 'vectors' [n,Dt]}: the word vectors of a denoiser that are not those of
+    `base`, a state."""
+    table = model.text.words.weight.detach().cpu()  # [buckets,Dt]
+    ids = (table != base["text.words.weight"].cpu()).any(1).nonzero()[:, 0]
+    return {"ids": ids, "vectors": table[ids]}
+
+
+def put_words(model, words):
+    """Give a denoiser the word vectors of an adapter's file; ValueError if they do not fit."""
+    table = model.text.words.weight  # [buckets,Dt]
+    ids = words["ids"]
+    vectors = words["vectors"]
+    if ids.dtype != torch.int64 or ids.dim() != 1 or vectors.dtype != table.dtype:
+        raise ValueError(f"word ids are {ids.dtype} {[*ids.shape]}, their vectors {vectors.dtype}")
+    if vectors.shape != (len(ids), table.shape[1]) or not vectors.isfinite().all():
+        shape = [*vectors.shape]
+        raise ValueError(f"word vectors {shape} for {len(ids)} ids must be finite, of width "
+                         f"{table.shape[1]}")
+    if len(ids) and (ids[0] < 0 or ids[-1] >= len(table) or (ids.diff() < 1).any()):
+        raise ValueError(f"word ids must ascend from 0 to {len(table) - 1}")
+    table.data[ids] = vectors.to(table)
 
 
 def ranks_in(path, state):

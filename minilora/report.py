@@ -274,7 +274,7 @@ def selora_metrics(cfg, target, judges, results, on_source):
     methods = {}
     for name, runs in results.items():
         methods[name] = over_seeds([run["result"] for run in runs])
-        for key in ("adapter_params", "trainable_params", "ranks", "history"):
+        for key in ("adapter_params", "word_params", "trainable_params", "ranks", "history"):
             methods[name][key] = [r[key] for r in runs]
     verdict = None
     if judges:
@@ -354,7 +354,7 @@ def selora_table(report, timings):
         closed = "-"
         if (full < unadapted).all():
             closed = f"{(unadapted - loss).mean() / (unadapted - full).mean():.0%}"
-        parameters = np.mean(method["adapter_params"])
+        parameters = spent(method)
         seconds = np.mean([timings.get(f"{name}-s{s}", 0.0) for s in report["seeds"]])
         line = f"{name:22s}{loss.mean() * 1e5:9.0f} ±{loss.std() * 1e5:3.0f}{parameters:10,.0f}"
         line += f"{closed:>11s} {seconds:9.1f}"
@@ -362,6 +362,11 @@ def selora_table(report, timings):
     if judge:
         lines += judge_lines(judge, columns, report["methods"])
     return "\n".join([*lines, "", *selora_conclusion(report)])
+
+
+def spent(method):
+    """Parameters of the adapters and of the words that were trained with them, mean over seeds."""
+    return np.mean(method["adapter_params"]) + np.mean(method["word_params"])
 
 
 def judge_lines(judge, columns, methods):
@@ -408,7 +413,7 @@ def selora_conclusion(report):
         closed = (unadapted - np.array(method["heldout_loss"])).mean() / gap.mean()
         lines.append(
             f"{name} closes {closed:.0%} of the gap between the frozen base and full fine-tuning "
-            f"with {np.mean(method['adapter_params']):,.0f} parameters instead of "
+            f"with {spent(method):,.0f} parameters instead of "
             f"{methods['full']['trainable_params'][0]:,}."
         )
     else:

@@ -27,10 +27,10 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(context, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, context, bias):
+    def forward(self, x, context, bias=None):
         """x [B,T,C], context [B,P,Dt] -> [B,T,C]; bias [B,1,1,P], 0 or -inf per key, or None."""
-        q = self.split_heads(self.query(x))  # [B,H,T,d]
         k, v = self.key_value(context).chunk(2, 2)  # each [B,P,C]
+        q = self.split_heads(self.query(x))  # [B,H,T,d]
         k = self.split_heads(k)  # [B,H,P,d]
         v = self.split_heads(v)  # [B,H,P,d]
         # Written out, as in `vit.py`.
@@ -75,15 +75,15 @@ class Block(nn.Module):
 
 class TextEncoder(nn.Module):
     """Word ids -> one vector per word. Ids are hashed words in [0, buckets): 0 is padding, 1 the
-    classification token that starts every prompt. Words are wide, so that their vectors differ, and
-    `project` narrows them: an adapter on that plain Linear reaches each word, unseen ones too."""
+    classification token that starts every prompt."""
 
     def __init__(self, buckets, positions, width, depth, heads):
         super().__init__()
         self.positions = positions
-        self.words = nn.Embedding(buckets, 4 * width)
-        self.project = nn.Linear(4 * width, width)
+        self.words = nn.Embedding(buckets, width)
         self.position = nn.Parameter(torch.randn(1, positions, width) * 0.02)
+        # Words start well above the positions: a word matters more than its place.
+        nn.init.normal_(self.words.weight, std=0.3)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
@@ -94,7 +94,7 @@ class TextEncoder(nn.Module):
         P = int(ids.shape[1])  # a number: in a traced graph it would fix the length of the prompts
         if P > self.positions:
             raise ValueError(f"prompts of {P} word ids; the text encoder takes {self.positions}")
-        x = self.project(self.words(ids)) + self.position[:, : ids.shape[1]]
+        x = self.words(ids) + self.position[:, : ids.shape[1]]
         bias = torch.where(ids == 0, float("-inf"), 0.0).to(x)[:, None, None]  # [B,1,1,P]
         for block in self.blocks:
             x = block(x, bias)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_selora
 
@@ -156,14 +158,21 @@ def test_pixels_are_a_blocks_tokens():
             assert torch.equal(out[:, :, i, j], wanted[:, 3 * i + j])
 
 
-def test_presets_have_as_many_parameters_as_their_help_says():
-    stated = re.search(r"base \((\d+)M parameters\) or large \((\d+)M", Path(train_selora.__file__).read_text()).groups()
-    for name, millions in zip(("base", "large"), stated):
+def test_presets_cost_what_is_said_of_them():
+    """Parameters as the help says, and what pretraining the base takes as the README says: 10^15 floating point operations."""
+    said = Path(train_selora.__file__).read_text() + (ROOT / "README.md").read_text()
+    parameters = re.search(r"base \((\d+)M parameters\) or large \((\d+)M", said).groups()
+    operations = re.search(r"([\d.]+) PFLOP \(`base`\) and ([\d.]+) PFLOP \(`large`\)", said).groups()
+    for name, millions, peta in zip(("base", "large"), parameters, operations):
         cfg = replace(train_selora.Config(), **train_selora.PRESETS[name])
         sizes = {key: getattr(cfg, key) for key in ("latent", "width", "heads", "buckets", "positions", "text_width", "text_depth")}
         with torch.device("meta"):  # shapes only
             model = Denoiser(size=cfg.image_size // cfg.factor, **sizes)
+            z, ids = torch.empty(cfg.batch, *[4, 32, 32]), torch.empty(cfg.batch, cfg.positions, dtype=torch.int64)
+            with FlopCounterMode(display=False) as counter:
+                model(z, ids[:, 0], ids).sum().backward()
         assert round(sum(p.numel() for p in model.parameters()) / 1e6) == int(millions), name
+        assert counter.get_total_flops() * cfg.pretrain_steps / 1e15 == pytest.approx(float(peta), rel=0.05), name
 
 
 def test_the_config_rebuilds_the_model():

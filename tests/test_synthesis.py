@@ -19,6 +19,7 @@ import export
 import train_mora
 import train_selora
 from minilora import checkpoint, data, diffusion, export_selora, report, selora, serve, serve_cli
+from minilora.models import put_words
 from minilora.phantoms import phantoms
 from minilora.task import draw_task, load_task
 from minilora.words import tokenize
@@ -34,7 +35,7 @@ GRAIN = 0.1  # what a barely trained autoencoder leaves out is wider, and would 
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory):
-    """Runs `neyman` (ranks 0 to 8, mixed), `uniform` and `ones` of one base, exported merged and into one hot-swap folder."""
+    """Runs `neyman` (ranks 0 to 8, mixed), `uniform` (whose words are the base's) and `ones` of one base, exported merged and into one hot-swap folder."""
     folder = tmp_path_factory.mktemp("drawn")
     before, pyplot = os.getcwd(), report.pyplot
     os.chdir(folder)
@@ -42,7 +43,8 @@ def drawn(tmp_path_factory):
     try:
         for name, rule, rank in (("neyman", "neyman", "1"), ("uniform", "fixed", "3"), ("ones", "fixed", "1")):
             budget = ["--budget", "2600"] * (rule == "neyman")  # what leaves some layers without an adapter
-            train_selora.main([*TINY, "--out", name, "--rule", rule, "--rank", rank, *budget])
+            words = ["--no-train-words"] * (rule == "fixed" and rank == "3")
+            train_selora.main([*TINY, "--out", name, "--rule", rule, "--rank", rank, *budget, *words])
             saved = checkpoint.load(f"{name}/model.pt", "selora")
             saved["vae"]["grain"].fill_(GRAIN)
             checkpoint.save(f"{name}/model.pt", saved)
@@ -63,6 +65,7 @@ def loaded(run, base=False):
     if not base:
         selora.inject(model, None, 0, saved["capacity"])
         selora.load_adapter(model, saved["adapter"]["state"])
+        put_words(model, saved["adapter"]["words"])
     return model.eval(), vae.eval(), diffusion.alphas_cumprod(noisier=saved["noisier"])
 
 
@@ -106,6 +109,7 @@ def test_other_sizes_are_sampled_as_in_torch(drawn, tmp_path, sizes):
         torch.nn.init.normal_(layer.B, std=0.1)
     saved["adapter"]["state"] = selora.adapter_state(model)
     checkpoint.save(tmp_path / "run/model.pt", saved)
+    put_words(model, saved["adapter"]["words"])
     merged = Synthesizer(export_selora.export_selora(tmp_path / "run"), "cpu")
     swap = Synthesizer(export_selora.export_selora(tmp_path / "run", hot_swap=tmp_path / "swap"), "cpu")
     alphas = diffusion.alphas_cumprod(noisier=saved["noisier"])
@@ -138,8 +142,8 @@ def test_each_image_has_its_own_noise_then_its_own_grain(drawn):
     generators = [np.random.default_rng((seed, b)) for b in range(3)]
     noise = np.stack([rng.standard_normal((4, 16, 16), np.float32) for rng in generators])
     grain = np.stack([rng.standard_normal((1, 32, 32), np.float32) for rng in generators])
-    images = served.run(noise, grain, tokenize(NOTES, 128, 10), 3.0, serve.walk(20, 1000))
-    assert (served.sample(NOTES, seed=seed) == np.rint((images[:, 0] + 1) * 127.5)).all()  # 20 steps, guidance 3 by default
+    images = served.run(noise, grain, tokenize(NOTES, 128, 10), 3.0, serve.walk(10, 1000))
+    assert (served.sample(NOTES, seed=seed) == np.rint((images[:, 0] + 1) * 127.5)).all()  # 10 steps, guidance 3 by default
 
 
 def test_walk_is_the_timesteps_of_training():
@@ -170,6 +174,7 @@ def test_the_merged_graph_has_the_nodes_of_the_base(drawn, tmp_path):
     saved = checkpoint.load(drawn / "neyman/model.pt")
     for state in saved["adapter"]["state"].values():  # rank 0 everywhere is the base
         state |= {"B": state["B"][:0], "A": state["A"].narrow(int(state["A"].dim() == 2), 0, 0)}
+    saved["adapter"]["words"] = {"ids": torch.zeros(0, dtype=torch.int64), "vectors": torch.zeros(0, 8)}
     (tmp_path / "base").mkdir()
     checkpoint.save(tmp_path / "base/model.pt", saved)
     export_selora.export_selora(tmp_path / "base")
@@ -444,6 +449,9 @@ def test_a_run_is_written_for_peft(drawn, tmp_path):
     model, _, _ = loaded(drawn / "neyman")
     again, _, _ = loaded(drawn / "neyman", base=True)
     interchange.load_peft(again, tmp_path / "peft")
+    words = np.load(tmp_path / "peft/words.npz")  # which PEFT's file does not hold
+    assert 10 < len(words["ids"]) < 128
+    again.text.words.weight.data[words["ids"]] = torch.from_numpy(words["vectors"])
     noise, _, ids = request(2)
     given = torch.from_numpy(noise), torch.tensor([5, 900]), torch.from_numpy(ids)
     with torch.no_grad():

@@ -20,7 +20,7 @@ import train_mora
 import train_selora
 from minilora import checkpoint, data, diffusion, export_selora, judge, metrics, report, samples, selora
 from minilora.judge import agreement, facts_of, linear_reader, nearest
-from minilora.models import load_judge, load_selora
+from minilora.models import load_judge, load_selora, put_words
 from minilora.phantoms import phantoms
 from minilora.ranks import COMPARED
 from minilora.report import selora_table
@@ -524,9 +524,46 @@ def test_heldout_timesteps_stay_inside_the_schedule():
 
 def test_no_gap_to_close_is_said(capsys):
     report = {"data": "x", "synthetic": False, "synthetic_notes": False, "seeds": [0], "judge": None, "methods": {
-        name: {"heldout_loss": [loss], "adapter_params": [5], "trainable_params": [9]} for name, loss in (("unadapted", 1.0), ("fixed", 0.9), ("full", 1.2))}}
+        name: {"heldout_loss": [loss], "adapter_params": [5], "word_params": [2], "trainable_params": [9]} for name, loss in (("unadapted", 1.0), ("fixed", 0.9), ("full", 1.2))}}
     said = selora_table(report, {})
     assert "there is no gap to close" in said and "%" not in said
+
+
+def test_words_of_the_training_notes_are_trained_and_kept(tmp_path, monkeypatch):
+    """Their vectors change and no others; what is kept of them is the difference to the base; without them nothing changes."""
+    monkeypatch.chdir(tmp_path)
+    for out, argv in (("on", []), ("off", ["--no-train-words"])):
+        train_selora.main([*TINY, "--out", out, "--steps", "20", *argv])
+    on, off = (load_selora(tmp_path / out) for out in ("on", "off"))
+    base, words = on[0]["base"]["text.words.weight"], on[0]["adapter"]["words"]
+    notes = phantoms(120, 2).notes[np.load(tmp_path / "on/split-s0.npz")["train"]]
+    said = np.unique(tokenize(notes, *(on[0]["config"][name] for name in ("buckets", "positions"))))
+    changed = words["ids"].tolist()
+    assert {*changed} <= {*said.tolist()} and len(changed) > 0.8 * len(said)
+    table = on[1].text.words.weight
+    assert torch.equal(table[changed], words["vectors"]) and (table != base).any(1).sum() == len(changed)
+    assert on[0]["adapter"]["word_params"] == words["vectors"].numel() == len(changed) * base.shape[1]
+    assert on[0]["adapter"]["trainable_params"] == on[0]["adapter"]["adapter_params"] + on[0]["adapter"]["word_params"]
+    assert len(off[0]["adapter"]["words"]["ids"]) == off[0]["adapter"]["word_params"] == 0 and torch.equal(off[1].text.words.weight, base)
+
+
+WORDS = {"ids": torch.tensor([3, 5]), "vectors": torch.ones(2, 8)}
+
+
+@pytest.mark.parametrize("words,said", [
+    ({"ids": torch.tensor([3.0, 5.0])}, "word ids are torch.float32"), ({"ids": torch.tensor([[3], [5]])}, "word ids are"),
+    ({"vectors": torch.ones(2, 8).half()}, "their vectors torch.float16"), ({"vectors": torch.ones(3, 8)}, r"\[3, 8\] for 2 ids"),
+    ({"vectors": torch.ones(2, 7)}, "of width 8"), ({"vectors": torch.tensor([[torch.nan] * 8] * 2)}, "must be finite"),
+    ({"ids": torch.tensor([5, 3])}, "ascend"), ({"ids": torch.tensor([3, 3])}, "ascend"), ({"ids": torch.tensor([-1, 3])}, "from 0 to 63"),
+    ({"ids": torch.tensor([3, 64])}, "from 0 to 63")])  # fmt: skip
+def test_words_that_do_not_fit_are_refused(words, said):
+    model = Denoiser(4, 8, 8, 2, 64, 6, 8, 1)
+    before = model.text.words.weight.clone()
+    with pytest.raises(ValueError, match=said):
+        put_words(model, WORDS | words)
+    assert torch.equal(model.text.words.weight, before)
+    put_words(model, WORDS)
+    assert torch.equal(model.text.words.weight[[3, 5]], WORDS["vectors"]) and torch.equal(model.text.words.weight[6:], before[6:])
 
 
 def test_every_entry_of_a_model_and_of_an_adapter_counts(tmp_path, monkeypatch):

@@ -328,7 +328,8 @@ def synthesis(folder):
         selora.inject(model, None, rank)
         for layer in selora.adapters(model).values():
             torch.nn.init.normal_(layer.B, std=0.05)
-        adapter = {"method": name, "rule": "fixed", "seed": 0, "state": selora.adapter_state(model), "base_hash": "", "ranks": {}}
+        adapter = {"method": name, "rule": "fixed", "seed": 0, "state": selora.adapter_state(model), "base_hash": "", "ranks": {},
+                   "words": {"ids": torch.zeros(0, dtype=torch.int64), "vectors": torch.zeros(0, 64)}}
         checkpoint.save(folder / name / "model.pt", {
             "format": 1, "kind": "selora", "config": model.config, "base": base.state_dict(), "base_hash": "", "targets": "",
             "vae_config": vae.config, "vae": vae.state_dict(), "noisier": 9.0, "capacity": 8, "adapter": adapter, "data": "",
