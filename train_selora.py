@@ -115,7 +115,7 @@ class Config:
     # leaves out is not noise.
     grain: bool = True
     sample_steps: Positive = 10  # DDIM steps of the samples.
-    # Replaces sizes left at their defaults: small (none), base (15M parameters) or large (64M,
+    # Replaces sizes left at their defaults: small (none), base (9M parameters) or large (57M,
     # 64x64, for a GPU).
     preset: str = "small"
     device: str = "auto"  # auto, cpu, cuda or cuda:N.
@@ -349,7 +349,8 @@ def run_job(cfg, ctx, job, seed):
     if job.rule != "unadapted":
         seconds, history = adapt(cfg, ctx.pairs, model, job, seed, train, ctx.log, ctx.stop)
     result = evaluate(cfg, ctx, model.eval(), seed)
-    words = changed_words(model, ctx.base)
+    # The state of full fine-tuning has all words.
+    words = changed_words(model, model.state_dict() if job.rule == "full" else ctx.base)
     adapter_params = selora.adapter_parameters(model)
     trainable = sum(p.numel() for p in model.parameters())
     if job.rule != "full":

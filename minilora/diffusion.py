@@ -92,11 +92,12 @@ def ddim_step(z, v, alpha_t, alpha_prev):
     return alpha_prev.sqrt() * z0 + (1 - alpha_prev).sqrt() * noise
 
 
-def guided_velocity(model, z, t, ids, guidance):
-    """Classifier-free guidance: null + guidance . (conditional - null), from one forward of 2B
-    samples. 0 ignores the words, 1 is the conditional model, more exaggerates what they say."""
-    both = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([ids, null_prompt(ids)]))
-    conditional, null = both.chunk(2)  # each [B,L,S,S]
+def guide(both, guidance, alpha):
+    """Classifier-free guidance of both predictions, [2B,L,S,S]: 0 ignores the words, 1 takes the
+    conditional one, more exaggerates what they say; but not while nearly all is noise, where it
+    would exaggerate the mean image (Kynkäänniemi et al., arXiv 2404.07724)."""
+    conditional, null = both.unflatten(0, (2, -1)).unbind(0)  # each [B,L,S,S]
+    guidance = torch.where(alpha < 0.005, guidance.clamp(max=1), guidance)
     return null + guidance * (conditional - null)
 
 
@@ -113,10 +114,12 @@ def sample(model, noise, ids, steps=10, guidance=3.0, alphas=None, trail=None):
     walk = timesteps(steps, len(alphas)).tolist()
     # Shares of signal along the walk, [steps + 1]: after the last step nothing is noise.
     signal = torch.cat([alphas[walk], alphas.new_ones(1)]).to(noise)
+    guidance = signal.new_tensor(guidance)
+    words = torch.cat([ids, null_prompt(ids)])  # [2B,P]
     z = noise
     for t, alpha_t, alpha_prev in zip(walk, signal, signal[1:]):
-        v = guided_velocity(model, z, torch.full((len(z),), t, device=z.device), ids, guidance)
-        z = ddim_step(z, v, alpha_t, alpha_prev)
+        both = model(torch.cat([z, z]), torch.full_like(words[:, 0], t), words)  # [2B,L,S,S]
+        z = ddim_step(z, guide(both, guidance, alpha_t), alpha_t, alpha_prev)
         if trail is not None:
             trail.append(z)
     return z

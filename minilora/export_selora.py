@@ -187,8 +187,8 @@ def traced_parts(saved, model, vae, swapped):
         return model.unet(torch.cat([z, z]), t, tokens, bias)  # [2B,L,s,s]
 
     def step(z, both, alpha, previous, guidance):
-        conditional, null = both.reshape(2, -1, L, s, s).unbind(0)
-        return diffusion.ddim_step(z, null + guidance * (conditional - null), alpha, previous)
+        velocity = diffusion.guide(both.reshape(-1, L, s, s), guidance, alpha)
+        return diffusion.ddim_step(z, velocity, alpha, previous)
 
     def decode(latents, grain):
         return vae.decode(latents, grain).clamp(-1, 1)  # [B,ch,S,S]

@@ -27,7 +27,7 @@ from minilora.diffusion import (
     draw_images,
     drop_words,
     ema_update,
-    guided_velocity,
+    guide,
     null_prompt,
     pictures,
     sample,
@@ -381,12 +381,15 @@ def test_the_loss_is_that_of_the_velocity():
 
 
 def test_guidance_0_is_the_null_model_and_1_the_conditional_one():
+    """More exaggerates the words once there is some signal; before, nothing goes beyond 1, and 0 ignores the words all along."""
     model, z, t, ids = denoiser().double(), torch.randn(3, 4, 8, 8).double(), torch.tensor([20, 500, 999]), prompts(3)
     with torch.no_grad():
         null, conditional = model(z, t, null_prompt(ids)), model(z, t, ids)
-        torch.testing.assert_close(guided_velocity(model, z, t, ids, 0.0), null, rtol=0, atol=1e-12)
-        torch.testing.assert_close(guided_velocity(model, z, t, ids, 1.0), conditional, rtol=0, atol=1e-12)
-        torch.testing.assert_close(guided_velocity(model, z, t, ids, 2.5), null + 2.5 * (conditional - null))
+    both = torch.cat([conditional, null])
+    for guidance, late, early in ((0.0, null, null), (0.5, (null + conditional) / 2, (null + conditional) / 2), (1.0, conditional, conditional),
+                                  (2.5, null + 2.5 * (conditional - null), conditional)):  # fmt: skip
+        for alpha, wanted in ((1.0, late), (0.006, late), (0.004, early), (0.0, early)):
+            torch.testing.assert_close(guide(both, torch.tensor(guidance), torch.tensor(alpha)), wanted, rtol=0, atol=1e-12)
     assert (conditional - null).abs().amax((1, 2, 3))[[0, 1]].min() > 1e-4
     assert torch.equal(null_prompt(ids)[2], ids[2])  # an empty note already is the null prompt
 
@@ -411,8 +414,11 @@ def test_the_trail_gets_every_step_and_ends_with_the_result():
         assert all(z.shape == noise.shape for z in trail)
         assert torch.equal(got, sample(model, noise, ids, steps))  # looking changes nothing
     signal = alphas_cumprod()[timesteps(5)].float()
-    v = guided_velocity(model, noise, torch.full((2,), 999), ids, 3.0)
-    torch.testing.assert_close(trail[0], ddim_step(noise, v, signal[0], signal[1]))
+    with torch.no_grad():
+        v = model(noise, torch.full((2,), 999), ids)  # at no signal, the conditional prediction
+        torch.testing.assert_close(trail[0], ddim_step(noise, v, signal[0], signal[1]), rtol=0, atol=1e-5)
+        null, v = (model(trail[3], torch.full((2,), 199), words) for words in (null_prompt(ids), ids))
+        torch.testing.assert_close(trail[4], ddim_step(trail[3], null + 3 * (v - null), signal[4], torch.tensor(1.0)), rtol=0, atol=1e-5)
 
 
 def test_images_are_drawn_each_from_its_own_seed():
