@@ -82,9 +82,9 @@ class Config:
     judge: Path | None = None
     # Regular expression over full layer names; empty: every Linear and Conv2d.
     targets: str = ""
-    # Train the vectors of the target's words as well, beside the adapters: an adapter of low rank
-    # cannot tell apart words that the base has never seen.
-    train_words: bool = True
+    # Train also the vectors of words that at least so many training notes have: adapters of low
+    # rank cannot tell new words apart, and rare ones would learn single images by heart. 0: none.
+    word_notes: Natural = 20
     # Run every rule at the budgets of uniform rank 1 and 2, and print the comparison.
     rules_table: bool = False
     steps: Positive = 900  # Adaptation steps.
@@ -161,7 +161,7 @@ def adapt(cfg, pairs, model, job, seed, train, log, stop):
     trainable = [p for p in model.parameters() if p.requires_grad]
     if selora.adapters(model):
         trainable = selora.adapter_groups(model, 0.01)
-        if cfg.train_words:  # without decay, which would change words that no note has
+        if cfg.word_notes:  # without decay, which would change words that get no gradient
             words = [model.text.words.weight]
             trainable.append({"params": words, "weight_decay": 0.0})
     lr = cfg.lr / 10 if job.rule == "full" else cfg.lr
@@ -385,7 +385,18 @@ def inject(cfg, pairs, model, job, seed, train, replay):
     elif planned:
         gradients = neyman_gradients(cfg, pairs, model, seed, train)  # only neyman reads them
         ranks.set_ranks(model, ranks.plan(model, job.rule, job.budget, gradients))
-    model.text.words.weight.requires_grad_(cfg.train_words)
+    if cfg.word_notes:
+        words = model.text.words.weight.requires_grad_(True)  # [buckets,Dt]
+        often = notes_with(pairs.ids[train], len(words)) >= cfg.word_notes  # [buckets]
+        words.register_hook(lambda gradient: gradient * often[:, None])
+
+
+def notes_with(ids, buckets):
+    """How many of the notes, word ids [n,P], have each word, [buckets]."""
+    ids = ids.sort(1).values
+    is_first = torch.ones_like(ids, dtype=torch.bool)
+    is_first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return ids[is_first].bincount(minlength=buckets)
 
 
 def neyman_gradients(cfg, pairs, model, seed, train):

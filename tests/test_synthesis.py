@@ -43,7 +43,7 @@ def drawn(tmp_path_factory):
     try:
         for name, rule, rank in (("neyman", "neyman", "1"), ("uniform", "fixed", "3"), ("ones", "fixed", "1")):
             budget = ["--budget", "2600"] * (rule == "neyman")  # what leaves some layers without an adapter
-            words = ["--no-train-words"] * (rule == "fixed" and rank == "3")
+            words = ["--word-notes", "0"] * (rule == "fixed" and rank == "3")
             train_selora.main([*TINY, "--out", name, "--rule", rule, "--rank", rank, *budget, *words])
             saved = checkpoint.load(f"{name}/model.pt", "selora")
             saved["vae"]["grain"].fill_(GRAIN)

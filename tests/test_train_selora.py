@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -530,16 +531,18 @@ def test_no_gap_to_close_is_said(capsys):
 
 
 def test_words_of_the_training_notes_are_trained_and_kept(tmp_path, monkeypatch):
-    """Their vectors change and no others; what is kept of them is the difference to the base; without them nothing changes."""
+    """Of words that five notes have, no others; what is kept is the difference to the base; with --word-notes 0 nothing changes."""
     monkeypatch.chdir(tmp_path)
-    for out, argv in (("on", []), ("off", ["--no-train-words"])):
+    for out, argv in (("on", ["--word-notes", "5"]), ("off", ["--word-notes", "0"])):
         train_selora.main([*TINY, "--out", out, "--steps", "20", *argv])
     on, off = (load_selora(tmp_path / out) for out in ("on", "off"))
     base, words = on[0]["base"]["text.words.weight"], on[0]["adapter"]["words"]
     notes = phantoms(120, 2).notes[np.load(tmp_path / "on/split-s0.npz")["train"]]
-    said = np.unique(tokenize(notes, *(on[0]["config"][name] for name in ("buckets", "positions"))))
+    ids = tokenize(notes, *(on[0]["config"][name] for name in ("buckets", "positions")))
+    counts = Counter(word for row in ids.tolist() for word in {*row})
+    assert train_selora.notes_with(torch.from_numpy(ids), 64).tolist() == [counts[word] for word in range(64)]
     changed = words["ids"].tolist()
-    assert {*changed} <= {*said.tolist()} and len(changed) > 0.8 * len(said)
+    assert {*changed} == {word for word, count in counts.items() if count >= 5} - {0} and 20 < len(changed) < len(counts) - 5
     table = on[1].text.words.weight
     assert torch.equal(table[changed], words["vectors"]) and (table != base).any(1).sum() == len(changed)
     assert on[0]["adapter"]["word_params"] == words["vectors"].numel() == len(changed) * base.shape[1]
