@@ -148,11 +148,17 @@ class Pairs:
         steps = len(self.alphas)
         part = torch.randperm(batch, generator=generator, device=device)
         within = torch.rand(batch, generator=generator, device=device)
-        t = (part + within) / batch * steps  # [B] in [0, steps]: rounding can reach the end
-        t = t.long().clamp(max=steps - 1)
+        t = stratified(part, within, steps)
         shape = (batch, *self.z.shape[1:])
         noise = torch.randn(shape, generator=generator, device=device, dtype=self.z.dtype)
         return rows, t, noise, diffusion.drop_words(self.ids[rows], generator)
+
+
+def stratified(part, within, steps):
+    """Timesteps [n] int64, each from its part [n] of n equal parts of a schedule, at `within`, in
+    [0, 1], of that part."""
+    t = (part + within) / len(part) * steps
+    return t.long().clamp(max=steps - 1)  # rounding reaches the end now and then
 
 
 def adapt(cfg, pairs, model, job, seed, train, log, stop):
@@ -222,10 +228,8 @@ def heldout_loss(model, pairs, rows, draws=8):
     total = torch.zeros(1, dtype=torch.float64)
     for k in range(draws):
         generator = torch.Generator().manual_seed(10_000 + k)
-        # One timestep in each n-th part of the schedule, [n].
-        t = (torch.arange(n) + torch.rand(n, generator=generator)) / n * steps
-        # In float32 the last one is rounded up to `steps` now and then.
-        t = t[torch.randperm(n, generator=generator)].long().clamp(max=steps - 1).to(device)
+        t = stratified(torch.arange(n), torch.rand(n, generator=generator), steps)  # [n]
+        t = t[torch.randperm(n, generator=generator)].to(device)
         noise = torch.randn(n, *pairs.z.shape[1:], generator=generator).to(device)
         for part in torch.arange(rank, n, processes, device=device).split(256):
             z = pairs.z[rows[part]]
@@ -351,10 +355,11 @@ def run_job(cfg, ctx, job, seed):
     result = evaluate(cfg, ctx, model.eval(), seed)
     # The state of full fine-tuning has all words.
     words = changed_words(model, model.state_dict() if job.rule == "full" else ctx.base)
+    word_params = words["vectors"].numel()
     adapter_params = selora.adapter_parameters(model)
-    trainable = sum(p.numel() for p in model.parameters())
-    if job.rule != "full":
-        trainable = adapter_params + words["vectors"].numel()
+    trainable = adapter_params + word_params
+    if job.rule == "full":
+        trainable = sum(p.numel() for p in model.parameters())
     content = {
         "format": 1,
         "kind": "selora adapter",
@@ -369,7 +374,7 @@ def run_job(cfg, ctx, job, seed):
         "words": words,
         "trainable_params": trainable,
         "adapter_params": adapter_params,
-        "word_params": words["vectors"].numel(),
+        "word_params": word_params,
         "base_hash": ctx.base_hash,
     }
     return checkpoint.finished(cfg.out, path, content, {f"{job.name}-s{seed}": round(seconds, 3)})
@@ -401,8 +406,8 @@ def notes_with(ids, buckets):
 
 def neyman_gradients(cfg, pairs, model, seed, train):
     """Full-weight gradients of 8 batches with stratified timesteps, at B = 0."""
-    spaced = torch.arange(cfg.batch, device=pairs.z.device) + 0.5
-    t = (spaced / cfg.batch * len(pairs.alphas)).long()  # [B]
+    part = torch.arange(cfg.batch, device=pairs.z.device)
+    t = stratified(part, 0.5, len(pairs.alphas))  # [B]
     for k in range(8):
         rows, _, noise, words = pairs.batch_at(seed, 10**6 + k, train, cfg.batch)
         batch = (pairs.z[rows], words, t, noise, pairs.alphas)

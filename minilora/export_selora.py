@@ -24,9 +24,7 @@ from torch import nn
 from minilora import data, diffusion, selora, serve
 from minilora.data import Refused
 from minilora.graphs import OPSET, finish, new_folder, pad, to_half, trace, write_graph
-from minilora.models import load_selora
-
-WORDS = "text.words.weight"  # the vectors of the words [buckets,Dt]
+from minilora.models import WORDS, load_selora
 
 
 def export_selora(run, out=None, method=None, seed=None, fp16=False, hot_swap=None, name=None):
@@ -165,7 +163,6 @@ def traced_parts(saved, model, vae, swapped):
     s = saved["config"]["size"]
     P = saved["config"]["positions"]
     axes = {
-        WORDS: {},
         "ids": {0: "batch", 1: "length"},
         "words": {0: "two", 1: "length"},
         "bias": {0: "two", 3: "length"},
@@ -177,8 +174,8 @@ def traced_parts(saved, model, vae, swapped):
         "images": {0: "batch"},
     }
     for name, value in swapped.items():
-        if name != WORDS:
-            axes[name] = {rank_axis(name, value): f"rank {name[:-2]}"}
+        axis = rank_axis(name, value)
+        axes[name] = {} if axis is None else {axis: f"rank {name[:-2]}"}
 
     def encode(ids):
         return model.text(torch.cat([ids, diffusion.null_prompt(ids)]))  # [2B,P,Dt], [2B,1,1,P]
@@ -187,8 +184,7 @@ def traced_parts(saved, model, vae, swapped):
         return model.unet(torch.cat([z, z]), t, tokens, bias)  # [2B,L,s,s]
 
     def step(z, both, alpha, previous, guidance):
-        velocity = diffusion.guide(both.reshape(-1, L, s, s), guidance, alpha)
-        return diffusion.ddim_step(z, velocity, alpha, previous)
+        return diffusion.ddim_step(z, diffusion.guide(both, guidance, alpha), alpha, previous)
 
     def decode(latents, grain):
         return vae.decode(latents, grain).clamp(-1, 1)  # [B,ch,S,S]
@@ -218,9 +214,11 @@ def traced_parts(saved, model, vae, swapped):
 
 
 def rank_axis(name, value):
-    """Which axis of an A or B counts ranks: A of a Linear is [d_in,r]; A of a convolution [r,...]
-    and B [r,d_out].
+    """Which axis of an input counts ranks: A of a Linear is [d_in,r]; A of a convolution [r,...] and
+    B [r,d_out]; the words' vectors have none.
     """
+    if name == WORDS:
+        return None
     return 1 if name.endswith(".A") and value.ndim == 2 else 0
 
 
@@ -294,14 +292,13 @@ def sampler_model(parts, saved, alphas, swapped):
     ]
     for name, example in swapped.items():
         shape = list(example.shape)
-        if name == WORDS:  # as they are, by default those of the base
-            weights.append(from_array(example.numpy(), name))
-            inputs.append(real(name, shape))
-            continue
+        default = example.numpy()
         axis = rank_axis(name, example)
-        shape[axis] = 1
-        weights.append(from_array(np.zeros(shape, np.float32), name))
-        shape[axis] = f"rank {name[:-2]}"
+        if axis is not None:
+            shape[axis] = 1
+            default = np.zeros(shape, np.float32)
+            shape[axis] = f"rank {name[:-2]}"
+        weights.append(from_array(default, name))
         inputs.append(real(name, shape))
     graph = make_graph(nodes, "sampler", inputs, [real("images", pixels)], weights)
     opset = make_opsetid("", OPSET)

@@ -17,6 +17,7 @@ from minilora.vae import VAE
 from minilora.vit import ViT
 
 HEAD = ("pooler.", "head.")  # what trains in every method, unless the head is locked
+WORDS = "text.words.weight"  # the vectors of a denoiser's words [buckets,Dt]
 
 
 def build(vit_config, base, method, rank, seed, state=None, places=("the base", "the adapter")):
@@ -185,7 +186,7 @@ def changed_words(model, base):
     """{'ids' [n] ascending, 'vectors' [n,Dt]}: the word vectors of a denoiser that are not those of
     `base`, a state."""
     table = model.text.words.weight.detach().cpu()  # [buckets,Dt]
-    ids = (table != base["text.words.weight"].cpu()).any(1).nonzero()[:, 0]
+    ids = (table != base[WORDS].cpu()).any(1).nonzero()[:, 0]
     return {"ids": ids, "vectors": table[ids]}
 
 

@@ -267,10 +267,9 @@ REFERENCES = ("unadapted", "full")  # rows without an adapter, between which the
 
 
 def selora_metrics(cfg, target, judges, results, on_source):
-    """The content of metrics.json. judges {seed: what
-    `judge.described` gives} or {}, results {method: [content of
-    its adapter file per seed]}, on_source: what the judge says of the base on its own domain, or
-    {}."""
+    """The content of metrics.json. judges {seed: what `judge.described` gives} or {}, results
+    {method: [content of its adapter file per seed]}, on_source: what the judge says of the base on
+    its own domain, or {}."""
     methods = {}
     for name, runs in results.items():
         methods[name] = over_seeds([run["result"] for run in runs])
