@@ -3,12 +3,13 @@ its controls, compare.
 
     python train_mora.py --out runs/mora                     # phantoms (synthetic), 3 seeds
     python train_mora.py --data study.npz --out runs/mine    # your images, notes and numbers
+    python train_mora.py --data study.npz --out runs/vilt --base vilt-b32-mlm    # a pretrained ViLT
 
 The lesson is `adapt`: zero_grad, forward, loss, backward, step, around `minilora/mora.py`. What
 surrounds it stands in `minilora/loop.py` (going on after a stop, log, progress), `task.py` (data),
 `models.py` and `report.py`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -24,13 +25,15 @@ from minilora.loop import Log, Loop, rows_at, warm_cosine
 from minilora.models import base_file, build, count, image_digests, kept_weights, load_head
 from minilora.mora import branch_ranks, gates
 from minilora.processes import average, leader, own_part, pick_device, wait, world
-from minilora.task import Context, check, column_ids, draw_studies, draw_task, evaluate
-from minilora.task import finished_job, input_sizes, listed, numeric_scales, on, read_source
-from minilora.task import read_target, split_arrays, vit_sizes, work_ahead
+from minilora.task import Context, batch_at, check, column_ids, draw_studies, draw_task, evaluate
+from minilora.task import finished_job, image_size, input_sizes, listed, numeric_scales, on
+from minilora.task import pretrained_base, read_source, read_target, split_arrays, vit_sizes
+from minilora.task import work_ahead
 from minilora.vit import ViT
 
 # Every method's learning rate comes from here: one shared rate would favour some of them.
 LR_GRID = (3e-3, 1e-2, 3e-2)
+LR_GRID_LARGE = (1e-4, 1e-3, 1e-2)  # with --base
 SAVE_EVERY = 200  # steps
 LOG_EVERY = 50  # steps
 PRESETS = {
@@ -51,6 +54,11 @@ class Config:
     data: Path | None = None
     # Study file that the base is pretrained on; default: phantoms of the source domain.
     source: Path | None = None
+    # Folder of a pretrained ViLT in the layout of transformers (config.json, model.safetensors or
+    # pytorch_model.bin, vocab.txt), for example a download of dandelin/vilt-b32-mlm from the
+    # Hugging Face hub (112M parameters, a file of about 450 MB). It is the base instead of one
+    # pretrained here, brings its sizes, and reads images and notes alone.
+    base: Path | None = None
     # Which to use; default: all that the file has; of the phantoms image and note (they have vitals
     # and labs too).
     modalities: tuple[str, ...] = ()
@@ -76,10 +84,12 @@ class Config:
     steps: Positive = 600  # Adaptation steps.
     batch: Positive = 64  # Samples per step.
     # A learning rate for all methods, or METHOD:RATE for some; default: the best of 0.003, 0.01,
-    # 0.03 on seed 0's validation split.
+    # 0.03 (with --base of 0.0001, 0.001, 0.01) on seed 0's validation split.
     lr: tuple[str, ...] = ()
     keep: str = "mora:0"  # METHOD:SEED that goes into model.pt, which export.py takes.
-    image_size: Positive = 32  # Images are resized to this.
+    # Images are resized to this; 0: 32, or with --base the size that it was pretrained at. The
+    # positions of its patches are interpolated to another one.
+    image_size: Natural = 0
     patch: Positive = 8  # Side of an image patch; must divide the image size.
     width: Positive = 64  # Width of the transformer.
     depth: Positive = 4  # Blocks of the transformer.
@@ -129,7 +139,7 @@ def adapt(cfg, model, method, seed, lr, task, log, stop):
                 log=log, log_every=LOG_EVERY, fields={"method": method, "seed": seed, "lr": lr})
     for step in loop:  # goes on where a stopped run was
         rows = torch.from_numpy(own_part(rows_of(step), cfg.batch)).to(device)
-        batch = {name: x[rows] for name, x in task["inputs"].items()}  # {modality: [B,...]}
+        batch = batch_at(task["inputs"], rows)  # {modality: [B,...]}
         present = task["present"][rows]  # [B,M]
         gate = gates(method, present, task["shuffled"][rows])  # [B,M], or [B,1] for lora
         optimizer.zero_grad()
@@ -185,7 +195,7 @@ def pretrain(cfg, source, vit_config, device, stop, last):
     for step in loop:
         rows = torch.from_numpy(rows_of(step)).to(device)
         optimizer.zero_grad()
-        features = vit.features({m: x[rows] for m, x in inputs.items()}, present)  # [B,D]
+        features = vit.features(batch_at(inputs, rows), present)  # [B,D]
         loss = sum(known_loss(reader(features), targets[k][rows]) for k, reader in readers.items())
         loss.backward()
         loop.note(loss)
@@ -213,8 +223,7 @@ def run_job(cfg, ctx, method, seed, lr, path):
         return finished_job(cfg, ctx, method, seed, path, name)
     task = ctx.task_of(cfg, seed)
     draw = ctx.draws[seed]
-    places = [base_file(ctx.base_hash)] * 2
-    model = build(ctx.vit, ctx.base, method, cfg.rank, seed, places=places)
+    model = build(ctx.vit, ctx.base, method, cfg.rank, seed, places=[ctx.base_place] * 2)
     if cfg.head == "locked" and method != "head":
         load_head(model, cfg.out / f"adapters/head-s{seed}.pt", seed, ctx.base_hash)
     model.to(ctx.device)
@@ -236,6 +245,11 @@ def run_job(cfg, ctx, method, seed, lr, path):
     return checkpoint.finished(cfg.out, path, content, {name: round(seconds, 3)})
 
 
+def grid(cfg):
+    """The learning rates to choose from."""
+    return LR_GRID_LARGE if cfg.base else LR_GRID
+
+
 def pick_rate(cfg, ctx, method, rates):
     """(learning rate, {rate: validation macro-F1}): as given, or the best of the grid on seed 0's
     validation split.
@@ -243,14 +257,14 @@ def pick_rate(cfg, ctx, method, rates):
     The winner's run is seed 0's run: it is not trained again."""
     if method in rates or "" in rates:
         return rates.get(method, rates.get("")), {}
-    tries = {}
-    for lr in LR_GRID:
-        tries[lr] = run_job(cfg, ctx, method, 0, lr, cfg.out / f"picks/{method}-{lr:g}.pt")
-    scores = {lr: content["result"]["val"]["macro_f1"] for lr, content in tries.items()}
+    scores = {}
+    for lr in grid(cfg):
+        content = run_job(cfg, ctx, method, 0, lr, cfg.out / f"picks/{method}-{lr:g}.pt")
+        scores[lr] = content["result"]["val"]["macro_f1"]
     best = max(scores, key=scores.get)
     path = cfg.out / f"adapters/{method}-s0.pt"
     if not path.exists():
-        checkpoint.save(path, tries[best])
+        checkpoint.link(cfg.out / f"picks/{method}-{best:g}.pt", path)
     each = ", ".join(f"{lr:g}: {v:.3f}" for lr, v in scores.items())
     print(
         f"{method}: learning rate {best:g}, picked on seed 0's validation split (macro-F1 {each})"
@@ -270,20 +284,25 @@ def run(cfg, stop):
     device = pick_device(cfg.device)
     # Convolutions as exact as the matrix products, and as the exported graphs.
     torch.backends.cudnn.allow_tf32 = False
+    cfg = replace(cfg, image_size=image_size(cfg))
     rates, kept = check(cfg)
     study = read_target(cfg)
     for text in (cfg.missing, *cfg.test_missing):
         data.parse_missing(text, study.modalities)
-    source = read_source(cfg, study)
-    base_config = vit_sizes(cfg, study, source)
+    if cfg.base:
+        source = None
+        base_config, base_state = pretrained_base(cfg, study)
+    else:
+        source = read_source(cfg, study)
+        base_config = vit_sizes(cfg, study, source)
     vit_config = base_config | {
         "classes": len(study.class_names),
-        "columns": column_ids(study, cfg.buckets),
+        "columns": column_ids(study, base_config["buckets"]),
         "absent": cfg.absent,
     }
     draws = {seed: draw_task(cfg, study, seed) for seed in range(cfg.seeds)}
     print(*report.describe(study, draws), sep="\n")
-    tries = {m: 1 if m in rates or "" in rates else len(LR_GRID) for m in cfg.methods}
+    tries = {m: 1 if m in rates or "" in rates else len(grid(cfg)) for m in cfg.methods}
     runs = {method: cfg.seeds - 1 + number for method, number in tries.items()}
     print(*work_ahead(cfg, vit_config, runs), sep="\n")
     if cfg.augment:
@@ -293,11 +312,19 @@ def run(cfg, stop):
             print(f"seed {seed}: {len(draw['source'])} synthetic studies beside {real} real ones")
 
     identity = checkpoint.open_run(cfg)
-    fixed = {"format": 3, "vit": base_config, "source": data.fingerprint(source)}
-    fixed |= {"batch": cfg.batch, "steps": cfg.pretrain_steps}
-    base_hash = data.digest(fixed)[:16]
-    train_base = partial(pretrain, cfg, source, base_config, device, stop)
-    base = checkpoint.cached(base_file(base_hash), "base", train_base)
+    if cfg.base:
+        fixed = {"format": 3, "vilt": identity["base"], "image_size": cfg.image_size}
+        fixed |= {"modalities": study.modalities}
+        base_hash = data.digest(fixed)[:16]
+        base_place = cfg.base
+        base = {"state": base_state, "readers": {}}
+    else:
+        fixed = {"format": 3, "vit": base_config, "source": data.fingerprint(source)}
+        fixed |= {"batch": cfg.batch, "steps": cfg.pretrain_steps}
+        base_hash = data.digest(fixed)[:16]
+        base_place = base_file(base_hash)
+        train_base = partial(pretrain, cfg, source, base_config, device, stop)
+        base = checkpoint.cached(base_place, "base", train_base)
     if leader():
         for seed, draw in draws.items():
             arrays = split_arrays(study, draw)
@@ -305,7 +332,7 @@ def run(cfg, stop):
         if study.synthetic and not cfg.data:  # a file for `export.py predict --data`
             data.save_study(cfg.out / "phantoms.npz", study)
     log = Log(cfg.out / "log.jsonl")
-    ctx = Context(study, draws, vit_config, base["state"], base_hash, device, log, stop)
+    ctx = Context(study, draws, vit_config, base["state"], base_hash, base_place, device, log, stop)
     picked = {}
     results = {method: [] for method in cfg.methods}
     for seed in range(cfg.seeds):  # seed by seed: the first whole comparison is there early
@@ -313,7 +340,10 @@ def run(cfg, stop):
             if seed == 0:
                 picked[method] = pick_rate(cfg, ctx, method, rates)
             path = cfg.out / f"adapters/{method}-s{seed}.pt"
-            results[method].append(run_job(cfg, ctx, method, seed, picked[method][0], path))
+            content = run_job(cfg, ctx, method, seed, picked[method][0], path)
+            # The file keeps the weights; all runs' together may not fit into memory.
+            content["branches"] = branch_ranks(content.pop("state"))
+            results[method].append(content)
     if leader():
         finish(cfg, ctx, source, base["readers"], identity, kept, results, picked)
 
@@ -322,6 +352,7 @@ def finish(cfg, ctx, source, readers, identity, kept, results, picked):
     """Write model.pt, metrics.json and the figure, and print the comparison."""
     study = ctx.study
     method, seed = kept
+    seen = image_digests(source) if source else np.empty(0, np.int64)
     tables = [draw["tables"][cfg.missing][draw["parts"]["train"]] for draw in ctx.draws.values()]
     patterns, counts = np.unique(np.concatenate(tables), axis=0, return_counts=True)
     frequent_first = np.argsort(-counts, kind="stable")
@@ -332,9 +363,9 @@ def finish(cfg, ctx, source, readers, identity, kept, results, picked):
         "base": ctx.base,
         "base_hash": ctx.base_hash,
         # A judge must not have seen what it judges.
-        "source_images": torch.from_numpy(np.unique(image_digests(source))),
+        "source_images": torch.from_numpy(np.unique(seen)),
         "readers": readers,
-        "adapter": results[method][seed],
+        "adapter": checkpoint.load(cfg.out / f"adapters/{method}-s{seed}.pt", "mora adapter"),
         "patterns": patterns[frequent_first].astype(int).tolist(),
         "class_names": study.class_names,
         "multilabel": study.multilabel,
@@ -345,7 +376,7 @@ def finish(cfg, ctx, source, readers, identity, kept, results, picked):
         "fit": study.fit,
     }
     checkpoint.save(cfg.out / "model.pt", content)
-    ranks = {m: [branch_ranks(r["state"]) for r in runs] for m, runs in results.items()}
+    ranks = {m: [r["branches"] for r in runs] for m, runs in results.items()}
     metrics_json = report.mora_metrics(cfg, study, results, picked, ranks)
     checkpoint.write_json(cfg.out / "metrics.json", metrics_json)
     print(report.mora_table(metrics_json, checkpoint.read_json(cfg.out / "timings.json", {})))

@@ -21,6 +21,8 @@ from minilora.data import Refused, sha256, write_atomic
 from minilora.processes import first, leader, wait
 
 FORMATS = {"resume": 2}  # every other kind of checkpoint is of format 1
+# Of a pretrained base in the layout of transformers, the weights: the first of these that is there.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 RETIRED = {"sample_every"}  # settings of earlier versions, which changed no result
 HELD = []  # the lock of the run folder in use; the system drops it however the process ends
 
@@ -55,6 +57,7 @@ GROUP = dict.fromkeys(("lr", "initial_lr", "eps", "weight_decay"), float)
 GROUP |= {"params": [0], "betas": [float, float]}
 VIT = dict.fromkeys(("classes", "image_size", "channels", "patch", "width", "depth", "heads"), 1)
 VIT |= {"buckets": 1, "positions": 1, "modalities": [str], "columns": {str: [0]}, "absent": str}
+VIT |= {"eps?": float, "image_token?": bool, "vocabulary?": str}
 DENOISER = dict.fromkeys(("latent", "size", "width", "heads", "buckets", "positions"), 1)
 DENOISER |= {"text_width": 1, "text_depth": 0}
 VAE = dict.fromkeys(("image_size", "channels", "latent", "factor", "width"), 1)
@@ -124,7 +127,10 @@ def _canonical(value):
     if isinstance(value, (list, tuple)):
         return type(value)(_canonical(v) for v in value)
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu().clone()
+        value = value.detach().cpu()
+        # torch saves the whole memory of a view; a copy of every weight would double a large model.
+        whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+        return value if whole else value.clone()
     return sys.intern(value) if type(value) is str else value
 
 
@@ -134,7 +140,17 @@ def save(path, content):
     if leader():
         buffer = io.BytesIO()
         torch.save(_canonical(content), buffer)
-        write_atomic(path, buffer.getvalue())
+        write_atomic(path, buffer.getbuffer())
+
+
+def link(path, kept):
+    """Give a finished file a second name, in rank 0: one copy on the disk, where it can."""
+    if leader():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, kept)
+        except OSError:  # a file system without links
+            write_atomic(kept, path.read_bytes())
 
 
 def load(path, kind=None, of=None):
@@ -353,6 +369,11 @@ def identity_of(cfg):
     for key in ("data", "source"):
         path = identity[key]
         identity[key] = {"name": path.name, "sha256": sha256(path)} if path else None
+    if identity.get("base"):
+        folder = identity["base"]
+        names = ("config.json", *WEIGHT_FILES, "vocab.txt")
+        hashes = {name: sha256(folder / name) for name in names if (folder / name).is_file()}
+        identity["base"] = {"name": folder.name, "sha256": hashes}
     for key, file in (("judge", "model.pt"), ("replay", "metrics.json"), ("augment", "model.pt")):
         run = identity.get(key)
         if key == "augment":

@@ -4,6 +4,7 @@ Shared by the training scripts and the export; skip it when you read for a metho
 """
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,15 @@ import torch
 
 from minilora import checkpoint, diffusion, selora
 from minilora.data import Refused, refusing, sha256
-from minilora.mora import adapter_parameters, attach
+from minilora.mora import Dummies, adapter_parameters, attach
 from minilora.unet import Denoiser
 from minilora.vae import VAE
 from minilora.vit import ViT
+from minilora.wordpiece import WordPiece
+from minilora.words import tokenize
 
 HEAD = ("pooler.", "head.")  # what trains in every method, unless the head is locked
+RUN_SETTINGS = ("absent", "vocabulary")  # of a ViT's configuration, beside its arguments
 WORDS = "text.words.weight"  # the vectors of a denoiser's words [buckets,Dt]
 
 
@@ -41,10 +45,32 @@ def base_file(base_hash):
 def based(vit_config, base, place):
     """A `ViT` with pretrained weights, which are all but the head's."""
     with refusing(place):
-        vit = ViT(**vit_config)
+        vit = make_vit(vit_config)
     checkpoint.check_weights(place, base, without_head(vit))
     vit.load_state_dict(base, strict=False)
     return vit
+
+
+def make_vit(config):
+    """A `ViT` of a run's configuration: its keyword arguments; `absent`, how it shows a modality
+    that is absent (`mask` or `dummy`); and, where words are pieces of a vocabulary, that. ValueError
+    if they do not fit together."""
+    arguments = {key: value for key, value in config.items() if key not in RUN_SETTINGS}
+    vit = ViT(**arguments)
+    if config["absent"] == "dummy":
+        first_id = int(note_encoder(config | {"positions": 1})([""])[0, 0])
+        vit.dummies = Dummies(vit.config, first_id)
+    elif config["absent"] != "mask":
+        raise ValueError(f"absent '{config['absent']}' is not known; use mask or dummy")
+    return vit
+
+
+def note_encoder(config):
+    """The function notes -> word ids [N,P] of a run's configuration of a `ViT`."""
+    if "vocabulary" in config:
+        encode = WordPiece(config["vocabulary"]).tokenize
+        return partial(encode, positions=config["positions"])
+    return partial(tokenize, buckets=config["buckets"], positions=config["positions"])
 
 
 def without_head(vit):

@@ -16,14 +16,19 @@ import torch
 
 from minilora import checkpoint, data, diffusion, metrics
 from minilora.data import Refused
-from minilora.models import base_file, check_base, check_entries, count, image_digests
-from minilora.models import kept_weights, load_selora, ranks_in, without_head
+from minilora.models import check_base, check_entries, count, image_digests
+from minilora.models import kept_weights, load_selora, make_vit, note_encoder, ranks_in
+from minilora.models import without_head
+from minilora.pretrained import read_config, read_vilt, read_vocabulary
 from minilora.mora import METHODS, attach, gates
 from minilora.phantoms import phantoms
-from minilora.vit import ViT
 from minilora.words import tokenize, word_id, words_of
 
 # ---- settings with a syntax of their own
+
+# Settings that have no use with --base.
+OF_THE_BASE = ("source", "pretrain_steps", "preset", "patch", "width", "depth", "heads", "buckets",
+               "positions")
 
 
 def check(cfg):
@@ -49,9 +54,17 @@ def check(cfg):
         )
     if cfg.positions == 1:
         raise Refused("--positions is 1; must be 0 or at least 2")
+    if cfg.base:
+        default = type(cfg)()
+        for key in OF_THE_BASE:
+            if getattr(cfg, key) != getattr(default, key):
+                flag = key.replace("_", "-")
+                raise Refused(f"--{flag} {getattr(cfg, key)}: --base {cfg.base} is pretrained and "
+                              "has sizes of its own")
+    sizes = {"image_size": cfg.image_size, "patch": cfg.patch, "width": cfg.width}
+    sizes |= {"depth": 1, "heads": cfg.heads}
     with data.refusing():  # sizes that do not fit together
-        ViT(("image",), image_size=cfg.image_size, patch=cfg.patch, width=cfg.width, depth=1,
-            heads=cfg.heads, absent=cfg.absent)
+        make_vit({"absent": cfg.absent, **({} if cfg.base else sizes)})
     return dict(map(parse_rate, cfg.lr)), kept_job(cfg)
 
 
@@ -192,6 +205,13 @@ def _source_phantoms(cfg, target):
 # ---- sizes
 
 
+def image_size(cfg):
+    """The size of the images: as asked for, or what the base was pretrained at."""
+    if cfg.image_size or not cfg.base:
+        return cfg.image_size or 32
+    return read_config(cfg.base)["image_size"]
+
+
 def vit_sizes(cfg, target, source):
     """The keyword arguments of the `ViT` that is pretrained: the source's columns, and a head that
     nobody uses."""
@@ -216,14 +236,28 @@ def vit_sizes(cfg, target, source):
     )
 
 
+def pretrained_base(cfg, study):
+    """(configuration of the `ViT` that --base holds, its state) for a study."""
+    config, state = read_vilt(cfg.base, study.modalities, cfg.image_size)
+    if "note" in study.modalities:
+        vocabulary = read_vocabulary(cfg.base)
+        config["vocabulary"] = vocabulary.text
+        needed = [vocabulary.longest([note]) for note in study.notes]
+        cut = sum(n > config["positions"] for n in needed)
+        if cut:
+            print(f"{cut} of {len(study)} notes are longer than the base's {config['positions']} "
+                  "word positions and are cut")
+    return config, state
+
+
 def column_ids(study, buckets):
     """{numeric modality: word id of each column's name}."""
     return {m: [word_id(c.lower(), buckets) for c in names] for m, names in study.columns.items()}
 
 
 def input_sizes(vit_config):
-    """The arguments of `data.model_inputs` that a ViT's configuration knows."""
-    return [vit_config[key] for key in ("image_size", "channels", "buckets", "positions")]
+    """The arguments of `data.model_inputs` that a run's configuration of a ViT knows."""
+    return vit_config["image_size"], vit_config["channels"], note_encoder(vit_config)
 
 
 def numeric_scales(study, rows):
@@ -241,7 +275,7 @@ def work_ahead(cfg, vit_config, runs):
     number}."""
     for method, number in runs.items():
         with torch.device("meta"):  # sizes only: nothing is allocated or drawn
-            counts = count(attach(ViT(**vit_config), method, cfg.rank))
+            counts = count(attach(make_vit(vit_config), method, cfg.rank))
         trainable = counts["trainable_params"]
         total = counts["total_params"]
         yield (
@@ -278,6 +312,15 @@ def split_arrays(study, draw):
 def on(device, arrays):
     """{name: array} -> {name: tensor on the device}."""
     return {k: torch.from_numpy(np.ascontiguousarray(v)).to(device) for k, v in arrays.items()}
+
+
+def batch_at(inputs, rows):
+    """{modality: tensor} of some rows of a study's inputs: images are kept as uint8, and become
+    numbers in [-1,1] here."""
+    batch = {name: x[rows] for name, x in inputs.items()}
+    if "image" in batch:
+        batch["image"] = batch["image"].float() / 127.5 - 1  # [B,ch,S,S]
+    return batch
 
 
 def load_task(study, draw, missing, vit_config, device):
@@ -321,8 +364,8 @@ def finished_job(cfg, ctx, method, seed, path, name):
     content = checkpoint.load(path, "mora adapter", name)
     check_base(path, content, ctx.base_hash)
     with torch.device("meta"):  # names and shapes only
-        model = ViT(**ctx.vit)
-        checkpoint.check_weights(base_file(ctx.base_hash), ctx.base, without_head(model))
+        model = make_vit(ctx.vit)
+        checkpoint.check_weights(ctx.base_place, ctx.base, without_head(model))
         attach(model, method, cfg.rank)
     checkpoint.check_weights(f"{path}: entry 'state'", content["state"], kept_weights(model))
     draw = ctx.draws[seed]
@@ -417,6 +460,7 @@ class Context:
     vit: dict  # the keyword arguments of the adapted `ViT`
     base: dict  # the pretrained state
     base_hash: str
+    base_place: Path  # where the state is from, for an error message
     device: torch.device
     log: object  # the `Log`
     stop: object  # the `Stopper`
@@ -431,11 +475,11 @@ class Context:
 
 
 @torch.no_grad()
-def predict(model, method, task, rows, present, shuffled):
-    """Probabilities [n,C] float64 of the rows under a presence table [N,M]."""
+def predict(model, method, task, rows, present, shuffled, size=64):
+    """Probabilities [n,C] float64 of the rows under a presence table [N,M], `size` rows at once."""
     parts = []
-    for part in torch.from_numpy(rows).split(512):
-        batch = {name: x[part] for name, x in task["inputs"].items()}
+    for part in torch.from_numpy(rows).split(size):
+        batch = batch_at(task["inputs"], part)
         gate = gates(method, present[part], shuffled[part])
         logits = model(batch, present[part], gate).double()
         multilabel = task["labels"].ndim == 2
@@ -448,12 +492,12 @@ def evaluate(cfg, ctx, model, method, task, draw):
     splits."""
     labels = ctx.study.labels
     rows = draw["parts"]["val"]
-    p = predict(model, method, task, rows, task["present"], task["shuffled"])
+    p = predict(model, method, task, rows, task["present"], task["shuffled"], cfg.batch)
     result = {"by_test": {}, "val": metrics.scores(labels[rows], p)}
     rows = draw["parts"]["test"]
     for text in tests_of(cfg):
         present = task["tables"][text]
-        p = predict(model, method, task, rows, present, present[task["order"]])
+        p = predict(model, method, task, rows, present, present[task["order"]], cfg.batch)
         table = draw["tables"][text][rows]
         names = np.array([data.pattern_name(row, ctx.study.modalities) for row in table])
         by_pattern = {}

@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from minilora import mora as module
+from minilora.models import make_vit
 from minilora.mora import METHODS, FoldedMoRA, MoRA, MoRABlock, adapter_parameters, attach, fold, gates
 from minilora.vit import ViT
 
@@ -20,7 +21,7 @@ def make(M, absent="mask", seed=0, **sizes):
     torch.manual_seed(seed)
     columns = {k: v for k, v in COLUMNS.items() if k in NAMES[:M]}
     sizes = {"image_size": 16, "patch": 8, "width": 16, "depth": 2, "heads": 2, "buckets": 64, "positions": 5} | sizes
-    return ViT(NAMES[:M], 3, columns, absent=absent, **sizes).double().eval()
+    return make_vit(dict(modalities=NAMES[:M], classes=3, columns=columns, absent=absent, **sizes)).double().eval()
 
 
 def batch_of(M, B, seed=1):
@@ -183,7 +184,7 @@ def test_mora_block_passes_on_what_foreign_blocks_take_and_return():
 def test_refusals_of_the_modules():
     for build, words in ((lambda: ViT(image_size=30, patch=8), "30 is not divisible by the patch size 8"),
                          (lambda: ViT(width=30, heads=4), "30 is not divisible by 4 heads"),
-                         (lambda: ViT(absent="none"), "'none' is not known"), (lambda: MoRA(4, 2, rank=0), "rank 0"),
+                         (lambda: make_vit({"absent": "none"}), "'none' is not known"), (lambda: MoRA(4, 2, rank=0), "rank 0"),
                          (lambda: attach(make(2), "dora"), "'dora' is not known"),
                          (lambda: attach(make(2), "mora").double()(batch_of(2, 1)), "which modalities are present"),
                          (lambda: MoRA(768, ("image")), r"'image': write each name once, as in \('image',\)"),

@@ -18,7 +18,7 @@ from test_export import copied, only_refused
 import export
 import train_mora
 from minilora import checkpoint, data, loop, metrics, selora, serve_cli
-from minilora.models import build, image_digests, load_head
+from minilora.models import build, image_digests, load_head, make_vit
 from minilora.mora import METHODS, attach
 from minilora.phantoms import LABS, phantoms
 from minilora.report import mora_conclusion
@@ -457,7 +457,7 @@ def test_weights_of_another_training_are_refused_before_they_are_trained_on(tmp_
         checkpoint.save(path, content)
         assert files(tmp_path, "r/model.pt", "r/metrics.json") == before
     head = tmp_path / "r/adapters/head-s0.pt"
-    model = attach(ViT(**checkpoint.load("r/model.pt")["config"]), "mora", 4)
+    model = attach(make_vit(checkpoint.load("r/model.pt")["config"]), "mora", 4)
     base_hash = checkpoint.load(head)["base_hash"]
 
     def read():
