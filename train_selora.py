@@ -143,7 +143,8 @@ class Pairs:
         drawn from (seed, step) alone. One timestep from each B-th part of the schedule: gradients
         then vary less than with independent ones."""
         device = self.z.device
-        rows = torch.from_numpy(train[rows_at(seed, step, len(train), batch)]).to(device)
+        rows = torch.from_numpy(train[rows_at(seed, step, len(train), batch)])
+        rows = rows.to(device, non_blocking=True)  # else the host would wait for the step before
         generator = torch.Generator(device).manual_seed((seed + 1) * 1_000_003 + step)
         steps = len(self.alphas)
         part = torch.randperm(batch, generator=generator, device=device)
@@ -262,7 +263,7 @@ def train_vae(config, steps, images, stop, last):
                 optimizer=optimizer, schedule=schedule, save_every=SAVE_EVERY, together=False)
     for step in loop:
         generator = torch.Generator(device).manual_seed(step)
-        rows = torch.from_numpy(rows_of(step)).to(device)
+        rows = torch.from_numpy(rows_of(step)).to(device, non_blocking=True)
         x = augment(images[rows], generator)  # [64,ch,S,S]
         shape = (len(x), vae.latent, vae.size, vae.size)
         noise = torch.randn(shape, generator=generator, device=device)

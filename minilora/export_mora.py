@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from minilora import data
-from minilora.graphs import finish, new_folder, pad, to_half, trace, write_graph
+from minilora import data, serve
+from minilora.graphs import Weights, finish, new_folder, pad, to_half, trace, write_graph
 from minilora.models import load_mora
 from minilora.mora import branch_ranks, fold, gates
 
@@ -30,7 +30,9 @@ class DiagnosisGraph(nn.Module):
 
     def __init__(self, model, method, multilabel, pattern):
         super().__init__()
-        self.model = copy.deepcopy(model)
+        # A copy whose weights are the model's own.
+        shared = {id(value): value for value in [*model.parameters(), *model.buffers()]}
+        self.model = copy.deepcopy(model, shared)
         self.multilabel = multilabel
         self.modalities = model.modalities
         self.row = None
@@ -72,6 +74,7 @@ def export_mora(run, out=None, method=None, seed=None, fp16=False):
     files = {}
     out = Path(out or Path(run) / "onnx")
     with new_folder(out) as work:
+        weights = Weights(work)
         for pattern in [*patterns, None]:
             graph = DiagnosisGraph(model, method, saved["multilabel"], pattern)
             inputs = {name: example[name] for name in graph.modalities}
@@ -84,13 +87,18 @@ def export_mora(run, out=None, method=None, seed=None, fp16=False):
                 answers = graph(*inputs.values())
             for output, answer in zip(outputs, answers):
                 golden[f"{output} {name}"] = answer.numpy()
-            traced = trace(graph, inputs, outputs, {n: {0: "batch"} for n in [*inputs, *outputs]})
+            axes = {n: {0: "batch"} for n in [*inputs, *outputs]}
             if fp16:
-                traced = to_half(traced)
+                traced = to_half(trace(graph, inputs, outputs, axes))
+            else:
+                traced = trace(graph, inputs, outputs, axes, weights)
             files[name] = re.sub(r"[^\w+-]", "_", name) + ".onnx"
-            write_graph(traced, work / files[name], metadata | {"pattern": name})
+            write_graph(traced, work / files[name], metadata | {"pattern": name}, weights)
         data.write_atomic(work / "golden.npz", data.npz_bytes(golden))
-        finish(work, out, described(saved, files, "float16" if fp16 else "float32"))
+        if "vocabulary" in saved["config"]:
+            data.write_atomic(work / serve.VOCABULARY, saved["config"]["vocabulary"])
+        manifest = described(saved, files, "float16" if fp16 else "float32")
+        finish(work, out, manifest | {"weights": weights.table})
     return out
 
 
@@ -102,7 +110,7 @@ def described(saved, files, precision):
     for name, (mean, scale) in adapter["scales"].items():
         numeric[name] = {"columns": saved["columns"][name], "mean": mean, "scale": scale}
     return {
-        "format": 1,
+        "format": max(serve.FORMATS["mora"]),
         "kind": "mora",
         "method": adapter["method"],
         "seed": adapter["seed"],
@@ -114,7 +122,7 @@ def described(saved, files, precision):
         "channels": config["channels"],
         "buckets": config["buckets"],
         "positions": config["positions"],
-        "tokenizer": "crc32",
+        "tokenizer": "wordpiece" if "vocabulary" in config else "crc32",
         "ranks": branch_ranks(adapter["state"]),
         "numeric": numeric,
         "graphs": files,

@@ -23,7 +23,7 @@ from torch import nn
 
 from minilora import data, diffusion, selora, serve
 from minilora.data import Refused
-from minilora.graphs import OPSET, finish, new_folder, pad, to_half, trace, write_graph
+from minilora.graphs import OPSET, Weights, finish, new_folder, pad, to_half, trace, write_graph
 from minilora.models import WORDS, load_selora
 
 
@@ -41,6 +41,7 @@ def export_selora(run, out=None, method=None, seed=None, fp16=False, hot_swap=No
     golden = golden_sampler(saved, len(alphas))
     selora.merge(model)
     with new_folder(out) as work:
+        weights = Weights(work)
         parts = traced_parts(saved, model, vae, {})
         inputs = {name: torch.from_numpy(golden[name]) for name in ("z", "t", "ids")}
         axes = {name: {0: "batch"} for name in ("z", "t", "ids", "velocity")}
@@ -54,8 +55,9 @@ def export_selora(run, out=None, method=None, seed=None, fp16=False, hot_swap=No
                 parts[part] = to_half(parts[part])
             denoise = to_half(denoise)
         metadata = {"kind": "selora", "method": adapter["method"]}
-        write_graph(sampler_model(parts, saved, alphas, {}), work / "sampler.onnx", metadata)
-        write_graph(denoise, work / "denoise.onnx", metadata)
+        sampler = sampler_model(parts, saved, alphas, {})
+        write_graph(sampler, work / "sampler.onnx", metadata, weights)
+        write_graph(denoise, work / "denoise.onnx", metadata, weights)
         golden |= torch_answers(model, vae, alphas, golden)
         data.write_atomic(work / "golden.npz", data.npz_bytes(golden))
         manifest = described(saved, len(alphas), "float16" if fp16 else "float32") | {
@@ -63,6 +65,7 @@ def export_selora(run, out=None, method=None, seed=None, fp16=False, hot_swap=No
             "seed": adapter["seed"],
             "ranks": adapter["ranks"],
             "adapters": {},
+            "weights": weights.table,
             "graphs": {"sampler": "sampler.onnx", "denoise": "denoise.onnx"},
         }
         finish(work, out, manifest)
@@ -73,7 +76,7 @@ def described(saved, timesteps, precision):
     """What the manifest says of a run and its base; the schedule has `timesteps`."""
     config = saved["config"]
     return {
-        "format": serve.FORMATS["selora"],
+        "format": max(serve.FORMATS["selora"]),
         "kind": "selora",
         "image_size": saved["vae_config"]["image_size"],
         "channels": saved["vae_config"]["channels"],
@@ -257,8 +260,7 @@ def sampler_model(parts, saved, alphas, swapped):
 
     `parts` are the traced prompt encoder, UNet, guided DDIM step and decoder. Noise and grain are
     normal(0, 1); the decoder multiplies the grain by its standard deviation per channel. The steps
-    are an ONNX Loop; its body holds the UNet's weights, so that the CPU kernels fuse as in a plain
-    graph. `swapped` {name: A, B or the words' vectors} become inputs whose default is the base: one
+    are an ONNX Loop, whose body uses weights of the graph around it. `swapped` {name: A, B or the words' vectors} become inputs whose default is the base: one
     rank of zeros (onnxruntime's Gemm refuses rank 0 itself), and the base's words.
     """
     encode, weights = renamed(parts["text"].graph, "prompt/")
@@ -267,7 +269,7 @@ def sampler_model(parts, saved, alphas, swapped):
     latents = ["batch", saved["config"]["latent"], size, size]  # [B,L,s,s]
     size = saved["vae_config"]["image_size"]
     pixels = ["batch", saved["vae_config"]["channels"], size, size]  # [B,ch,S,S]
-    body = loop_body(parts, latents)
+    body, body_weights = loop_body(parts, latents)
     nodes = [
         *encode,
         make_node("Gather", ["alphas", "timesteps"], ["noisy"]),
@@ -280,6 +282,7 @@ def sampler_model(parts, saved, alphas, swapped):
     weights = [
         *weights,
         *decoder_weights,
+        *body_weights,
         from_array(alphas.numpy().astype(np.float32), "alphas"),
         from_array(np.ones(1, np.float32), "clean"),  # after the last step nothing is noise: a = 1
     ]
@@ -306,7 +309,8 @@ def sampler_model(parts, saved, alphas, swapped):
 
 
 def loop_body(parts, latents):
-    """One DDIM step as the body of an ONNX Loop: (i, go, z [B,L,s,s]) -> (on, next [B,L,s,s])."""
+    """(one DDIM step as the body of an ONNX Loop, (i, go, z [B,L,s,s]) -> (on, next [B,L,s,s]); its
+    weights, which the graph around it has to hold)."""
     predict, unet_weights = renamed(parts["unet"].graph, "unet/")
     step, step_weights = renamed(parts["step"].graph, "step/")
     nodes = [
@@ -321,14 +325,14 @@ def loop_body(parts, latents):
     ]
     go = make_tensor_value_info("go", TensorProto.BOOL, [])
     on = make_tensor_value_info("on", TensorProto.BOOL, [])
-    weights = [
-        *unet_weights,
+    constants = [
         *step_weights,
         from_array(np.zeros(1, np.int64), "zero"),
         from_array(np.array(1, np.int64), "one"),
     ]
     inputs = [whole("i", []), go, real("z", latents)]
-    return make_graph(nodes, "ddim", inputs, [on, real("next", latents)], weights)
+    body = make_graph(nodes, "ddim", inputs, [on, real("next", latents)], constants)
+    return body, unet_weights
 
 
 # ---- hot-swapping
@@ -343,6 +347,7 @@ def add_adapter(folder, name, saved, model, vae):
     file = f"{name}.onnx_adapter"
     with new_folder(folder) as work:
         if manifest is None:
+            weights = Weights(work)
             manifest = described(saved, len(alphas), "float32") | {
                 "graphs": {"sampler": "sampler.onnx"},
                 "adapters": {"base": None},
@@ -350,15 +355,17 @@ def add_adapter(folder, name, saved, model, vae):
             }
             golden = golden_sampler(saved, len(alphas))
             golden["images base"] = write_base(
-                work / "sampler.onnx", saved, copy.deepcopy(model), vae, alphas, golden
+                work / "sampler.onnx", saved, copy.deepcopy(model), vae, alphas, golden, weights
             )
+            manifest["weights"] = weights.table
         else:
             for copied in manifest["files"]:
                 shutil.copyfile(folder / copied, work / copied)
             del manifest["sha256"]
             golden = data.read_npz(work / "golden.npz")
         values = adapter_inputs(model)
-        foreign = values.keys() - {i.name for i in load(work / "sampler.onnx").graph.input}
+        sampler = load(work / "sampler.onnx", load_external_data=False)
+        foreign = values.keys() - {value.name for value in sampler.graph.input}
         if foreign:
             raise Refused(f"{folder}: its sampler has no adapter on layer '{min(foreign)[:-2]}'; "
                           "the run used other --targets, so give it a folder of its own")
@@ -399,7 +406,7 @@ def swap_manifest(folder, name, base):
     return manifest
 
 
-def write_base(path, saved, model, vae, alphas, golden):
+def write_base(path, saved, model, vae, alphas, golden, weights):
     """Write the base's sampler, with A and B of every adapted layer and the words' vectors as
     inputs; returns what torch draws with it. The model is taken apart.
     """
@@ -414,7 +421,7 @@ def write_base(path, saved, model, vae, alphas, golden):
     images = torch_answers(model, vae, alphas, golden)["images"]
     parts = traced_parts(saved, model, vae, swapped)
     sampler = sampler_model(parts, saved, alphas, swapped)
-    write_graph(sampler, path, {"kind": "selora", "method": "base"})
+    write_graph(sampler, path, {"kind": "selora", "method": "base"}, weights)
     return images
 
 

@@ -1,12 +1,15 @@
-"""ONNX plumbing that both exports share: tracing, float16, a folder that is written whole or not at
-all, and its manifest. Skip it when you read for a method.
+"""ONNX plumbing that both exports share: tracing, float16, weights that are stored once for all graphs
+of a folder, a folder that is written whole or not at all, and its manifest. Skip it when you read
+for a method.
 """
 
+import hashlib
 import io
 import json
 import os
 import shutil
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,11 +21,77 @@ from minilora import __version__, data, serve, words
 from minilora.data import Refused
 
 OPSET = 17
+SMALL = 1024  # bytes; a smaller constant stays in its graph
 
 
-def trace(module, inputs, outputs, dynamic):
+class Weights:
+    """The file weights.bin of a folder that is being written. Each array stands in it once, under a
+    name made of what it holds, so that all graphs of the folder share it. `.table` {name: {dtype,
+    shape, offset}} goes into the manifest.
+
+    The graphs say of such a weight that it is elsewhere, but not where: the reader of the folder
+    hands it to onnxruntime, after it has checked the file's hash."""
+
+    def __init__(self, folder):
+        self.path = folder / serve.WEIGHTS
+        self.table = {}
+        self.size = 0
+
+    def add(self, array):
+        """The name of an array, which is written to the file unless it is there."""
+        array = np.ascontiguousarray(array)
+        form = {"dtype": str(array.dtype), "shape": list(array.shape)}
+        content = hashlib.sha256(json.dumps(form).encode())
+        content.update(array.data.cast("B") if array.size else b"")
+        name = f"weight-{content.hexdigest()[:24]}"
+        if name not in self.table:
+            self.table[name] = form | {"offset": self.size}
+            padded = -(-array.nbytes // 64) * 64  # every weight starts at a multiple of 64 bytes
+            with open(self.path, "ab") as f:
+                f.write(array.data)
+                f.write(bytes(padded - array.nbytes))
+            self.size += padded
+        return name
+
+    def move(self, model):
+        """Move the large initializers of a model into the file."""
+        graph = model.graph
+        own = {value.name for value in graph.input}  # a default that a caller can replace stays
+        arrays = {}
+        for weight in graph.initializer:
+            if weight.name not in own and len(weight.raw_data) >= SMALL:
+                arrays[weight.name] = onnx.numpy_helper.to_array(weight)
+        self.put(graph, arrays)
+
+    def put(self, graph, arrays):
+        """Let a graph use arrays {name: array} from the file, in place of what has these names."""
+        new = {name: self.add(array) for name, array in arrays.items()}
+        kept = [weight for weight in graph.initializer if weight.name not in arrays]
+        there = {weight.name for weight in kept}
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+        for name in sorted({*new.values()} - there):
+            form = self.table[name]
+            kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(form["dtype"]))
+            elsewhere = onnx.TensorProto.EXTERNAL
+            graph.initializer.add(name=name, data_type=kind, dims=form["shape"],
+                                  data_location=elsewhere)
+        rename(graph, new)
+
+
+def rename(graph, new):
+    """Give the inputs of a graph's nodes, and of the graphs inside of it, new names {old: new}."""
+    for node in graph.node:
+        node.input[:] = [new.get(name, name) for name in node.input]
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                rename(attribute.g, new)
+
+
+def trace(module, inputs, outputs, dynamic, weights=None):
     """The ONNX model of a module, traced with example inputs {name: tensor}; outputs: their names;
-    dynamic: {name: {axis: symbol}}.
+    dynamic: {name: {axis: symbol}}. With `weights`, a `Weights`, the module's own go there one by
+    one: a large model does not stand in memory a second time.
     """
     buffer = io.BytesIO()
     with warnings.catch_warnings():
@@ -38,8 +107,41 @@ def trace(module, inputs, outputs, dynamic):
             opset_version=OPSET,
             dynamo=False,
             dynamic_axes=dynamic,
+            export_params=False,  # the module's weights become inputs
+            do_constant_folding=False,
         )
-    return onnx.load_from_string(buffer.getvalue())
+    model = onnx.load_from_string(buffer.getvalue())
+    arrays = taken_weights(model.graph, module, inputs)
+    if weights:
+        weights.put(model.graph, arrays)
+    else:
+        for name, array in arrays.items():
+            model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return model
+
+
+def taken_weights(graph, module, inputs):
+    """{name: array} of a module's weights, which are inputs of a traced graph and are so no more. A
+    Linear uses its weight transposed: that is done here, once.
+    """
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    arrays = {}
+    for value in list(graph.input):
+        if value.name in own and value.name not in inputs:
+            arrays[value.name] = own[value.name].detach().numpy()
+            graph.input.remove(value)
+    uses = Counter(name for node in graph.node for name in node.input)
+    for node in list(graph.node):
+        if node.op_type != "Transpose" or node.input[0] not in arrays:
+            continue
+        name = node.input[0]
+        axes = onnx.helper.get_node_attr_value(node, "perm")
+        arrays[node.output[0]] = np.ascontiguousarray(arrays[name].transpose(axes))
+        graph.node.remove(node)
+        uses[name] -= 1
+        if not uses[name]:
+            del arrays[name]
+    return arrays
 
 
 def to_half(model):
@@ -61,12 +163,27 @@ def pad(ids, lengths):
     ids[np.arange(ids.shape[1]) >= lengths[:, None]] = words.PAD
 
 
-def write_graph(model, path, metadata):
-    """Check an ONNX model whole and write it atomically."""
+def write_graph(model, path, metadata, weights):
+    """Move the large initializers of an ONNX model into the folder's `Weights`, check the model
+    whole and write it atomically."""
+    weights.move(model)
     onnx.helper.set_model_props(model, metadata)
-    onnx.checker.check_model(model, full_check=True)
+    check_whole(model)
     data.write_atomic(path, model.SerializeToString(deterministic=True))
     print(f"{path.name:32s} {path.stat().st_size / 1024:8.0f} KiB", flush=True)
+
+
+def check_whole(model):
+    """onnx's full check of a model. What is stored elsewhere counts as an input of its shape: the
+    check would look for a file."""
+    light = onnx.ModelProto()
+    light.CopyFrom(model)
+    elsewhere = [w for w in light.graph.initializer if w.data_location == onnx.TensorProto.EXTERNAL]
+    for weight in elsewhere:
+        value = onnx.helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims)
+        light.graph.input.append(value)
+        light.graph.initializer.remove(weight)
+    onnx.checker.check_model(light, full_check=True)
 
 
 @contextmanager

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from minilora import checkpoint, diffusion, selora
 from minilora.data import Refused, refusing, sha256
-from minilora.mora import Dummies, adapter_parameters, attach
+from minilora.mora import adapter_parameters, attach
 from minilora.unet import Denoiser
 from minilora.vae import VAE
 from minilora.vit import ViT
@@ -51,6 +53,44 @@ def based(vit_config, base, place):
     return vit
 
 
+class Dummies(nn.Module):
+    """The paper's way to show an absent modality: an all-ones image, an empty note, the mean of
+    each numeric column, attended like any other. It stands in a `ViT` at `.dummies`.
+
+    config: the ViT's; first_id: the word id that an empty note starts with."""
+
+    def __init__(self, config, first_id=1):
+        super().__init__()
+        self.config = config
+        self.first_id = first_id
+
+    def dummy(self, name, like):
+        """What stands for an absent modality, [1,...], of the device and type of `like`."""
+        config = self.config
+        if name == "image":
+            return like.new_ones(1, config["channels"], *[config["image_size"]] * 2)
+        if name == "note":
+            first = like.new_full((1, 1), self.first_id, dtype=torch.long)
+            return F.pad(first, (0, config["positions"] - 1))
+        return like.new_zeros(1, len(config["columns"][name]))
+
+    def forward(self, batch, present, like):
+        """(a batch without gaps, None: all of it is present) of a batch and its presence [B,M]."""
+        B = next(iter(batch.values())).shape[0]
+        filled = {}
+        for m, name in enumerate(self.config["modalities"]):
+            dummy = self.dummy(name, like)
+            if name not in batch:
+                filled[name] = dummy.expand(B, *dummy.shape[1:])
+            elif present is None:
+                filled[name] = batch[name]
+            else:
+                have = present[:, m] > 0
+                have = have.reshape(-1, *[1] * (dummy.dim() - 1))  # [B,1,...]
+                filled[name] = torch.where(have, batch[name], dummy.to(batch[name]))
+        return filled, None
+
+
 def make_vit(config):
     """A `ViT` of a run's configuration: its keyword arguments; `absent`, how it shows a modality
     that is absent (`mask` or `dummy`); and, where words are pieces of a vocabulary, that. ValueError
@@ -58,7 +98,8 @@ def make_vit(config):
     arguments = {key: value for key, value in config.items() if key not in RUN_SETTINGS}
     vit = ViT(**arguments)
     if config["absent"] == "dummy":
-        first_id = int(note_encoder(config | {"positions": 1})([""])[0, 0])
+        empty = note_encoder(config | vit.config)([""])  # [1,P]
+        first_id = int(empty[0, 0])
         vit.dummies = Dummies(vit.config, first_id)
     elif config["absent"] != "mask":
         raise ValueError(f"absent '{config['absent']}' is not known; use mask or dummy")

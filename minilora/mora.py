@@ -14,7 +14,6 @@ import threading
 import weakref
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 # ==== 1. THE METHOD ===============================================================================
@@ -126,44 +125,6 @@ class Prompts(nn.Module):
         zeros = bias.new_zeros(1, 1, 1, 1).expand(bias.shape[0], 1, 1, int(prompt.shape[1]))
         bias = torch.cat([bias, zeros], 3)
         return torch.cat([x, prompt.expand(x.shape[0], -1, -1)], 1), bias
-
-
-class Dummies(nn.Module):
-    """The paper's way to show an absent modality: an all-ones image, an empty note, the mean of
-    each numeric column, attended like any other. It stands in a `ViT` at `.dummies`.
-
-    config: the ViT's; first_id: the word id that an empty note starts with."""
-
-    def __init__(self, config, first_id=1):
-        super().__init__()
-        self.config = config
-        self.first_id = first_id
-
-    def dummy(self, name, like):
-        """What stands for an absent modality, [1,...], of the device and type of `like`."""
-        config = self.config
-        if name == "image":
-            return like.new_ones(1, config["channels"], *[config["image_size"]] * 2)
-        if name == "note":
-            first = like.new_full((1, 1), self.first_id, dtype=torch.long)
-            return F.pad(first, (0, config["positions"] - 1))
-        return like.new_zeros(1, len(config["columns"][name]))
-
-    def forward(self, batch, present, like):
-        """(a batch without gaps, None: all of it is present) of a batch and its presence [B,M]."""
-        B = next(iter(batch.values())).shape[0]
-        filled = {}
-        for m, name in enumerate(self.config["modalities"]):
-            dummy = self.dummy(name, like)
-            if name not in batch:
-                filled[name] = dummy.expand(B, *dummy.shape[1:])
-            elif present is None:
-                filled[name] = batch[name]
-            else:
-                have = present[:, m] > 0
-                have = have.reshape(-1, *[1] * (dummy.dim() - 1))  # [B,1,...]
-                filled[name] = torch.where(have, batch[name], dummy.to(batch[name]))
-        return filled, None
 
 
 def attach(model, method, rank=4):

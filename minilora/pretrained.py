@@ -69,31 +69,13 @@ def read_vilt(folder, modalities=("image", "note"), image_size=None):
     with refusing(folder):
         if image_size % patch or config["image_size"] % patch:
             raise ValueError(f"image size {image_size} is not divisible by the patch size {patch}")
+    vocabulary = read_vocabulary(folder, config["vocab_size"])
     weights = Weights(folder)
-    cls_id = read_vocabulary(folder, config["vocab_size"]).ids["[CLS]"]
-
-    words = weights.take("embeddings.text_embeddings.word_embeddings.weight",
-                         config["vocab_size"], D)
-    position = weights.take("embeddings.text_embeddings.position_embeddings.weight",
-                            config["max_position_embeddings"], D)
-    # All words are of the first type.
-    position = position + weights.take("embeddings.text_embeddings.token_type_embeddings.weight",
-                                       None, D)[0]
-    word_norm = weights.pair("embeddings.text_embeddings.LayerNorm", D)
-    kinds = weights.take("embeddings.token_type_embeddings.weight", None, D)
-    kinds = {"note": kinds[0], "image": kinds[1]}
-    first = words[cls_id] + position[0]  # [D]
-    first = F.layer_norm(first, (D,), *word_norm, config["layer_norm_eps"]) + kinds["note"]
-    channels = config["num_channels"]
-    patches = weights.pair("embeddings.patch_embeddings.projection", D, channels, patch, patch)
-    place = weights.place(config["image_size"] // patch, image_size // patch, D)
-
-    state = {"cls": first[None, None], "kind": torch.stack([kinds[m] for m in modalities])[:, None]}
-    if "image" in modalities:
-        state |= {"place": place, "patches.weight": patches[0], "patches.bias": patches[1]}
-    if "note" in modalities:
-        state |= {"words.weight": words, "position": position[None, 1:]}
-        state |= {"word_norm.weight": word_norm[0], "word_norm.bias": word_norm[1]}
+    tokens = weights.embeddings(config, image_size // patch, vocabulary.ids["[CLS]"])
+    kinds = torch.stack([tokens["kind"][modality] for modality in modalities])  # [M,D]
+    state = {"cls": tokens["cls"], "kind": kinds[:, None]}
+    for modality in modalities:
+        state |= tokens[modality]
     for i in range(config["num_hidden_layers"]):
         state |= weights.block(i, D, config["intermediate_size"])
     for ours, theirs, shape in (("norm", "layernorm", (D,)), ("pooler", "pooler.dense", (D, D))):
@@ -102,7 +84,7 @@ def read_vilt(folder, modalities=("image", "note"), image_size=None):
     arguments = dict(
         modalities=list(modalities),
         image_size=image_size,
-        channels=channels,
+        channels=config["num_channels"],
         patch=patch,
         width=D,
         depth=config["num_hidden_layers"],
@@ -196,6 +178,33 @@ class Weights:
     def pair(self, name, *shape):
         """(weight of the shape, bias as long as its first axis) of a layer."""
         return self.take(f"{name}.weight", *shape), self.take(f"{name}.bias", shape[0])
+
+    def embeddings(self, config, grid, cls_id):
+        """What makes the tokens: 'cls' [1,1,D], 'kind' {modality: [D]}, and for each modality its
+        part of the state. grid: patches along an edge; cls_id: the id of [CLS]."""
+        D = config["hidden_size"]
+        patch = config["patch_size"]
+        text = "embeddings.text_embeddings"
+        words = self.take(f"{text}.word_embeddings.weight", config["vocab_size"], D)
+        P = config["max_position_embeddings"]
+        position = self.take(f"{text}.position_embeddings.weight", P, D)
+        # All words are of the first type.
+        position = position + self.take(f"{text}.token_type_embeddings.weight", None, D)[0]
+        norm = self.pair(f"{text}.LayerNorm", D)
+        kinds = self.take("embeddings.token_type_embeddings.weight", None, D)
+        first = words[cls_id] + position[0]  # [D]
+        first = F.layer_norm(first, (D,), *norm, config["layer_norm_eps"]) + kinds[0]
+        projection = "embeddings.patch_embeddings.projection"
+        weight, bias = self.pair(projection, D, config["num_channels"], patch, patch)
+        place = self.place(config["image_size"] // patch, grid, D)
+        note = {"words.weight": words, "position": position[None, 1:]}
+        note |= {"word_norm.weight": norm[0], "word_norm.bias": norm[1]}
+        return {
+            "cls": first[None, None],
+            "kind": {"note": kinds[0], "image": kinds[1]},
+            "note": note,
+            "image": {"place": place, "patches.weight": weight, "patches.bias": bias},
+        }
 
     def place(self, grid, wanted, D):
         """What is added to the image's tokens, [1,1+G^2,D], for a grid of `wanted` patches an edge:

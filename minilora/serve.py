@@ -13,7 +13,9 @@ image channels, L latent channels, s latent size, K timesteps.
 """
 
 import ctypes
+import hashlib
 import json
+import math
 import re
 import sys
 from functools import partial
@@ -24,9 +26,13 @@ import onnxruntime
 
 from minilora import data, words
 from minilora.data import Refused
+from minilora.wordpiece import WordPiece
 
 # What a manifest says of the layout of its folder; an exported folder of another format is refused.
-FORMATS = {"mora": 1, "selora": 2}
+# Those before the last hold a graph's weights in the graph itself.
+FORMATS = {"mora": (1, 2), "selora": (2, 3)}
+WEIGHTS = "weights.bin"  # the weights of all graphs of a folder; its manifest says where each stands
+VOCABULARY = "vocab.txt"  # in a folder whose words are pieces of a vocabulary
 # Parity with torch, relative to max(1, |value|): of a probability or a logit; of a pixel in [-1,1]
 # or a velocity.
 TOLERANCES = {
@@ -37,6 +43,8 @@ TOLERANCES = {
 }
 # The entry of a TensorProto that names a file of weights, however long its length is written.
 EXTERNAL = re.compile(rb"\x0a(?:\x08|\x88\x80*\x00)location")
+# The name of a weight that a graph takes from weights.bin.
+WEIGHT = re.compile(rb"weight-[0-9a-f]{24}")
 
 
 def tolerance(manifest):
@@ -55,11 +63,15 @@ def read_manifest(folder, kind=None):
     folder = Path(folder)
     path = folder / "manifest.json"
     files = {*manifest["graphs"].values()}
+    if manifest.get("weights"):
+        files.add(WEIGHTS)
+    if manifest.get("tokenizer") == "wordpiece":
+        files.add(VOCABULARY)
     for adapter in manifest.get("adapters", {}).values():
         if adapter:  # the base has no file of its own
             files.add(adapter["file"])
     if not files <= {*manifest["files"]}:
-        raise Refused(f"{path}: names a graph or an adapter whose hash it does not hold")
+        raise Refused(f"{path}: needs {min(files - {*manifest['files']})}, whose hash it lacks")
     for name, sha256 in manifest["files"].items():
         file = folder / name
         if not file.is_file():
@@ -74,15 +86,15 @@ def read_manifest(folder, kind=None):
 def check_format(folder, manifest):
     """`Refused` unless the manifest of a folder is of the format that this version reads."""
     written = manifest.get("format")
-    wanted = FORMATS[manifest["kind"]]
-    if type(written) is int and written == wanted:
+    readable = FORMATS[manifest["kind"]]
+    if type(written) is int and written in readable:
         return
     writer = "another version"
-    if type(written) is int and 0 < written < wanted:
+    if type(written) is int and 0 < written < min(readable):
         writer = "an earlier version"
     raise Refused(
         f"{folder}: exported by {writer} of minilora (format {written!s:.20}; this one reads "
-        f"{wanted}); train its run with this version and export again"
+        f"{' and '.join(map(str, readable))}); train its run with this version and export again"
     )
 
 
@@ -128,6 +140,10 @@ def entries(manifest):
     }
     if "fit" in manifest:
         common["fit"] = data.FITS
+    if "tokenizer" in manifest:
+        common["tokenizer"] = ("crc32", "wordpiece")
+    if "weights" in manifest:
+        common["weights"] = partial(is_table, test=is_weight)
     if manifest.get("kind") == "mora":
         return common | {
             "numeric": partial(is_table, test=are_columns),
@@ -176,6 +192,16 @@ def are_files(value):
 def is_origin(value):
     """Whether a value can say which study a model was trained on."""
     return isinstance(value, (str, dict))
+
+
+def is_weight(value):
+    """Whether a value can say where an array stands in a file of weights."""
+    if not isinstance(value, dict) or {*value} != {"dtype", "shape", "offset"}:
+        return False
+    shape = value["shape"]
+    numbers = [value["offset"], *shape] if isinstance(shape, list) else [None]
+    whole = all(type(number) is int and 0 <= number < 2**40 for number in numbers)
+    return whole and value["dtype"] in ("float32", "float16", "int64") and len(shape) <= 8
 
 
 def is_adapter(value):
@@ -228,15 +254,43 @@ def providers(device):
     return [("CUDAExecutionProvider", {"use_tf32": 0}), "CPUExecutionProvider"]
 
 
-def open_session(path, device, quiet=False):
-    """An onnxruntime session on the device; `Refused` if CUDA was asked for by name and did not
-    load. quiet: no line of warning for each weight that can be overridden."""
+def stored_weights(served):
+    """{name: OrtValue} of the weights.bin of a served folder, whose bytes are hashed as they are
+    read; of a folder of an earlier format there are none."""
+    table = served.manifest.get("weights", {})
+    if not table:
+        return {}
+    path = served.folder / WEIGHTS
+    content = np.fromfile(path, np.uint8)
+    if hashlib.sha256(content).hexdigest() != served.manifest["files"][WEIGHTS]:
+        raise Refused(f"{path}: was changed since the folder was opened; open it again")
+    weights = {}
+    for name, place in table.items():
+        dtype = np.dtype(place["dtype"])
+        end = place["offset"] + dtype.itemsize * math.prod(place["shape"])
+        if end > len(content) or place["offset"] % dtype.itemsize:
+            raise Refused(f"{path}: weight '{name}' does not lie in it; export.py writes none so")
+        array = content[place["offset"] : end].view(dtype).reshape(place["shape"])
+        weights[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    return weights
+
+
+def open_session(path, device, weights, quiet=False):
+    """An onnxruntime session on the device, whose graph takes what it needs of the folder's weights
+    {name: OrtValue}; `Refused` if CUDA was asked for by name and did not load. quiet: no line of
+    warning for each weight that can be overridden."""
     content = Path(path).read_bytes()
     wanted = providers(device)
     if EXTERNAL.search(content):
         raise Refused(f"{path}: keeps weights in another file; export.py writes none that do")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3 if quiet else 2
+    names = sorted({name.decode() for name in WEIGHT.findall(content)})
+    missing = [name for name in names if name not in weights]
+    if missing:
+        raise Refused(f"{path}: needs '{missing[0]}', which is not in {WEIGHTS}")
+    # As bytes that were hashed: a graph names no file, so none can be put in its place.
+    options.add_external_initializers(names, [weights[name] for name in names])
     try:
         session = onnxruntime.InferenceSession(content, options, providers=wanted)
     except Exception as error:  # onnxruntime raises its own family of exceptions
@@ -261,23 +315,40 @@ def unchanged(served, name):
     return path
 
 
+def tokenizer(served):
+    """The function notes -> word ids [B,P] of a served folder: hashed words, or the pieces of its
+    vocabulary."""
+    m = served.manifest
+    if m.get("tokenizer") != "wordpiece":
+        return partial(words.tokenize, buckets=m["buckets"], positions=m["positions"])
+    path = unchanged(served, VOCABULARY)
+    with data.refusing(path):
+        vocabulary = WordPiece(path.read_bytes().decode("utf-8"))
+    if vocabulary.size != m["buckets"]:
+        raise Refused(f"{path}: has {vocabulary.size} pieces; the manifest says {m['buckets']}")
+    return partial(vocabulary.tokenize, positions=m["positions"])
+
+
 # -------------------------------------------------------------------------------------- diagnosis
 
 
 class Diagnoser:
     """A diagnosis model from a folder that `export.py mora` wrote.
 
-    `.provider` is what onnxruntime really uses, `.manifest` what the folder says of itself
-    (classes, modalities, ...).
+    batch: samples that are read and run at once. `.provider` is what onnxruntime really uses,
+    `.manifest` what the folder says of itself (classes, modalities, ...).
     """
 
-    def __init__(self, folder, device="auto"):
+    def __init__(self, folder, device="auto", batch=64):
         self.folder = Path(folder)
         self.device = device
+        self.batch = batch
         self.manifest = read_manifest(folder, "mora")
         self.modalities = tuple(self.manifest["modalities"])
         self.classes = self.manifest["classes"]
         self.numeric = self.manifest["numeric"]
+        self.weights = stored_weights(self)
+        self.tokenizer = tokenizer(self)
         self.sessions = {}
         self.provider = self.session("mask").get_providers()[0]
 
@@ -285,7 +356,7 @@ class Diagnoser:
         """The session of a graph ('mask' or a pattern such as 'image+note'), made at first use."""
         if graph not in self.sessions:
             path = unchanged(self, self.manifest["graphs"][graph])
-            self.sessions[graph] = open_session(path, self.device)
+            self.sessions[graph] = open_session(path, self.device, self.weights)
         return self.sessions[graph]
 
     def run(self, graph, inputs):
@@ -321,21 +392,22 @@ class Diagnoser:
         missing. Samples are grouped by what is present, and each group runs its own graph. Raises
         `Refused`, a ValueError, that says which sample is wrong and how.
         """
-        inputs, present = self.inputs(images, notes, numeric)
-        result = np.zeros((len(present), len(self.classes)), np.float32)
-        for pattern in np.unique(present, axis=0):  # [M]
-            rows = np.flatnonzero((present == pattern).all(1))
-            graph = data.pattern_name(pattern, self.modalities)
-            if graph not in self.manifest["graphs"]:
-                graph = "mask"
-            for part in np.split(rows, range(256, len(rows), 256)):
-                feed = {name: values[part] for name, values in inputs.items()}
-                feed["present"] = present[part].astype(np.float32)
-                result[part] = self.run(graph, feed)[1]
+        given, B = self.request(images, notes, numeric)
+        result = np.zeros((B, len(self.classes)), np.float32)
+        for first in range(0, B, self.batch):
+            inputs, present = self.inputs(given, range(first, min(first + self.batch, B)))
+            for pattern in np.unique(present, axis=0):  # [M]
+                rows = np.flatnonzero((present == pattern).all(1))
+                graph = data.pattern_name(pattern, self.modalities)
+                if graph not in self.manifest["graphs"]:
+                    graph = "mask"
+                feed = {name: values[rows] for name, values in inputs.items()}
+                feed["present"] = present[rows].astype(np.float32)
+                result[first + rows] = self.run(graph, feed)[1]
         return result
 
-    def inputs(self, images, notes, numeric):
-        """({modality: array} with zeros for what is absent, presence [B,M] bool) of a request."""
+    def request(self, images, notes, numeric):
+        """({modality: list of B values}, B) of what `predict` was given."""
         given = {"image": images, "note": notes, **numeric}
         given = {name: values for name, values in given.items() if values is not None}
         for name, values in given.items():
@@ -355,24 +427,29 @@ class Diagnoser:
                 "every modality needs a list of the same length, at least 1: "
                 f"{counts or 'no modality'}"
             )
-        B = lengths.pop()
-        present = np.zeros((B, len(self.modalities)), bool)
+        return given, lengths.pop()
+
+    def inputs(self, given, samples):
+        """({modality: array} with zeros for what is absent, presence [b,M] bool) of b samples of a
+        request, a range."""
+        present = np.zeros((len(samples), len(self.modalities)), bool)
         inputs = {}
         for column, name in enumerate(self.modalities):
             shape, dtype, encode = self.encoder(name)
             # What is absent stays zero: NaN leaks through a mask.
-            inputs[name] = np.zeros((B, *shape), dtype)
-            for i, value in enumerate(given.get(name, ())):
+            inputs[name] = np.zeros((len(samples), *shape), dtype)
+            for row, i in enumerate(samples):
+                value = given[name][i] if name in given else None
                 if value is None:
                     continue
                 array = encode(value, f"{name} of sample {i}")
                 if array is not None:
-                    inputs[name][i] = array
-                    present[i, column] = True
+                    inputs[name][row] = array
+                    present[row, column] = True
         empty = ~present.any(1)
         if empty.any():
             choices = ", no ".join(self.modalities)
-            raise Refused(f"sample {empty.argmax()} has nothing: no {choices}")
+            raise Refused(f"sample {samples[int(empty.argmax())]} has nothing: no {choices}")
         return inputs, present
 
     def encoder(self, name):
@@ -412,7 +489,7 @@ class Diagnoser:
             )
         if not value.strip():
             return None
-        return words.tokenize([value], self.manifest["buckets"], self.manifest["positions"])[0]
+        return self.tokenizer([value])[0]
 
     def row(self, name, value, where):
         """[F] standardised numbers of a row or {column: number}; None of one that is all NaN."""
@@ -465,8 +542,9 @@ class Synthesizer:
         self.manifest = read_manifest(folder, "selora")
         self.adapters = tuple(self.manifest["adapters"])
         self.loaded = {}
+        self.weights = stored_weights(self)
         path = self.folder / self.manifest["graphs"]["sampler"]
-        self.session = open_session(path, device, quiet=bool(self.adapters))
+        self.session = open_session(path, device, self.weights, quiet=bool(self.adapters))
         self.provider = self.session.get_providers()[0]
 
     def options(self, adapter):
@@ -641,7 +719,7 @@ def golden_selora(synthesizer, golden, device):
         yield f"sampler{suffix}", partial(run, name), [golden[f"images{suffix}"]]
     if "denoise" in synthesizer.manifest["graphs"]:
         path = synthesizer.folder / synthesizer.manifest["graphs"]["denoise"]
-        session = open_session(path, device)
+        session = open_session(path, device, synthesizer.weights)
 
         def denoise(rows):
             return session.run(["velocity"], {name: golden[name][rows] for name in ("z", "t", "ids")})

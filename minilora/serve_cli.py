@@ -97,6 +97,9 @@ def add_predict(p):
     p.add_argument("--missing", help="with --split: apply its stored missing table, TYPE:RATE")
     p.add_argument("--out", type=Path, help="with --data: CSV of probabilities")
     p.add_argument(
+        "--batch", type=int, default=64, help="samples that are run at once (default: 64)"
+    )
+    p.add_argument(
         "--synthesizer",
         type=Path,
         metavar="FOLDER",
@@ -218,7 +221,8 @@ def predict_one(diagnoser, args, columns):
         flags = ", ".join(f"--{flag}" for flag in ("image", "note", *columns))
         raise Refused(f"nothing to diagnose: give --data FILE.npz, or any of {flags}")
     probabilities = diagnoser.predict(images, notes, **numeric)[0]
-    _, present = diagnoser.inputs(images, notes, numeric)
+    given, _ = diagnoser.request(images, notes, numeric)
+    _, present = diagnoser.inputs(given, range(1))
     print(f"present: {', '.join(compress(diagnoser.modalities, present[0]))}")
     show(diagnoser, probabilities)
 
@@ -509,7 +513,9 @@ def main(argv=None):
             return sample_sheet(args)
         if args.draws < 1:
             raise Refused(f"--draws is {args.draws}; must be at least 1")
-        diagnoser = Diagnoser(args.folder, args.device)
+        if not 1 <= args.batch <= 4096:
+            raise Refused(f"--batch is {args.batch}; must be from 1 to 4096")
+        diagnoser = Diagnoser(args.folder, args.device, args.batch)
         print(f"provider {diagnoser.provider}")
         if args.data:
             predict_file(diagnoser, args)

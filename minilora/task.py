@@ -237,7 +237,8 @@ def vit_sizes(cfg, target, source):
 
 
 def pretrained_base(cfg, study):
-    """(configuration of the `ViT` that --base holds, its state) for a study."""
+    """(configuration of the `ViT` that --base holds, what `pretrain` would have given) for a
+    study."""
     config, state = read_vilt(cfg.base, study.modalities, cfg.image_size)
     if "note" in study.modalities:
         vocabulary = read_vocabulary(cfg.base)
@@ -247,7 +248,18 @@ def pretrained_base(cfg, study):
         if cut:
             print(f"{cut} of {len(study)} notes are longer than the base's {config['positions']} "
                   "word positions and are cut")
-    return config, state
+    return config, {"state": state, "readers": {}}
+
+
+def hash_of_base(cfg, study, source, config, identity):
+    """A name for all that a base depends on. identity: what config.json of the run holds."""
+    if cfg.base:
+        fixed = {"vilt": identity["base"], "image_size": cfg.image_size}
+        fixed |= {"modalities": study.modalities}
+    else:
+        fixed = {"vit": config, "source": data.fingerprint(source)}
+        fixed |= {"batch": cfg.batch, "steps": cfg.pretrain_steps}
+    return data.digest({"format": 3} | fixed)[:16]
 
 
 def column_ids(study, buckets):
@@ -270,10 +282,12 @@ def tests_of(cfg):
     return list(dict.fromkeys(cfg.test_missing or (cfg.missing,)))
 
 
-def work_ahead(cfg, vit_config, runs):
-    """A line per method: what its adapter and head hold, and how many runs follow; runs {method:
-    number}."""
-    for method, number in runs.items():
+def work_ahead(cfg, vit_config, rates, grid):
+    """A line per method: what its adapter and head hold, and how many runs follow, one for each
+    learning rate of the grid where none is given."""
+    for method in cfg.methods:
+        tries = 1 if method in rates or "" in rates else len(grid)
+        number = cfg.seeds - 1 + tries
         with torch.device("meta"):  # sizes only: nothing is allocated or drawn
             counts = count(attach(make_vit(vit_config), method, cfg.rank))
         trainable = counts["trainable_params"]

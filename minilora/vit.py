@@ -112,7 +112,7 @@ class ViT(nn.Module):
             nn.GELU(),
             nn.Linear(2 * width, classes),
         )
-        self.dummies = None  # `mora.Dummies` goes here, to show what is absent instead
+        self.dummies = None  # `models.Dummies` goes here, to show what is absent instead
         self.prompts = None  # `mora.Prompts`, a baseline, goes here
 
     def tokens(self, name, value):

@@ -98,6 +98,8 @@ class WordPiece:
             if part in SPECIALS:
                 pieces.append(part)
                 continue
+            if len(self.words) > 10**5:  # a server must not remember every word that it ever met
+                self.words.clear()
             for word in part.translate(self.forms).split():
                 if word not in self.words:
                     self.words[word] = self.cut(word)

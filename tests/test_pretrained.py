@@ -229,7 +229,7 @@ def damage(vilt, how):
         content[len(content) // 2] ^= 64
         path.write_bytes(content)
     elif how == "code":
-        torch.save({"vilt.layernorm.bias": json.JSONDecoder()}, path)
+        torch.save({"vilt.layernorm.bias": ROOT}, path)
     elif how == "list":
         torch.save([torch.zeros(2)], path)
     elif how == "foreign":
