@@ -139,7 +139,8 @@ def adapt(cfg, model, method, seed, lr, task, log, stop):
                 optimizer=optimizer, schedule=schedule, save_every=SAVE_EVERY, together=True,
                 log=log, log_every=LOG_EVERY, fields={"method": method, "seed": seed, "lr": lr})
     for step in loop:  # goes on where a stopped run was
-        rows = torch.from_numpy(own_part(rows_of(step), cfg.batch)).to(device)
+        rows = torch.from_numpy(own_part(rows_of(step), cfg.batch))
+        rows = rows.to(device, non_blocking=True)  # the host does not wait
         batch = batch_at(task["inputs"], rows)  # {modality: [B,...]}
         present = task["present"][rows]  # [B,M]
         gate = gates(method, present, task["shuffled"][rows])  # [B,M], or [B,1] for lora
@@ -181,7 +182,7 @@ def pretrain(cfg, source, vit_config, device, stop, last):
     torch.manual_seed(0)
     vit = ViT(**vit_config)
     readers = torch.nn.ModuleDict(
-        {k: torch.nn.Linear(cfg.width, int(v.max()) + 1) for k, v in targets.items()}
+        {k: torch.nn.Linear(cfg.width, int(v.max()) + 1) for k, v in source.attributes.items()}
     )
     model = torch.nn.ModuleDict({"vit": vit, "readers": readers}).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
@@ -194,7 +195,7 @@ def pretrain(cfg, source, vit_config, device, stop, last):
     loop = Loop("pretraining", cfg.pretrain_steps, model, rows_of, last, stop, of=last.name,
                 optimizer=optimizer, schedule=schedule, save_every=SAVE_EVERY, together=False)
     for step in loop:
-        rows = torch.from_numpy(rows_of(step)).to(device)
+        rows = torch.from_numpy(rows_of(step)).to(device, non_blocking=True)
         optimizer.zero_grad()
         features = vit.features(batch_at(inputs, rows), present)  # [B,D]
         loss = sum(known_loss(reader(features), targets[k][rows]) for k, reader in readers.items())

@@ -55,6 +55,7 @@ def export_mora(run, out=None, method=None, seed=None, fp16=False):
     Returns the folder.
     """
     saved, model = load_mora(run, method, seed)
+    model.requires_grad_(False)  # tracing must not keep what a backward would need
     method = saved["adapter"]["method"]
     modalities = model.modalities
     if len(modalities) <= 4:
@@ -98,6 +99,7 @@ def export_mora(run, out=None, method=None, seed=None, fp16=False):
         if "vocabulary" in saved["config"]:
             data.write_atomic(work / serve.VOCABULARY, saved["config"]["vocabulary"])
         manifest = described(saved, files, "float16" if fp16 else "float32")
+        del saved, model, graph  # a large model does not stand in memory beside its graphs
         finish(work, out, manifest | {"weights": weights.table})
     return out
 

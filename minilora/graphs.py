@@ -136,7 +136,7 @@ def taken_weights(graph, module, inputs):
             continue
         name = node.input[0]
         axes = onnx.helper.get_node_attr_value(node, "perm")
-        arrays[node.output[0]] = np.ascontiguousarray(arrays[name].transpose(axes))
+        arrays[node.output[0]] = arrays[name].transpose(axes)  # a view, until it is written
         graph.node.remove(node)
         uses[name] -= 1
         if not uses[name]:
@@ -259,7 +259,7 @@ def finish(work, out, manifest):
     the limit.
     """
     write_manifest(work, manifest)
-    worst = serve.check(work, "cpu")
+    worst = serve.check(work, "cpu", spare=True)
     if worst > serve.tolerance(manifest):
         raise Refused(f"{out}: not written, the graphs differ from torch by {worst:.1e}")
     write_manifest(work, manifest | {"parity": float(f"{worst:.1e}")})

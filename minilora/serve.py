@@ -275,16 +275,19 @@ def stored_weights(served):
     return weights
 
 
-def open_session(path, device, weights, quiet=False):
+def open_session(path, device, weights, quiet=False, spare=False):
     """An onnxruntime session on the device, whose graph takes what it needs of the folder's weights
     {name: OrtValue}; `Refused` if CUDA was asked for by name and did not load. quiet: no line of
-    warning for each weight that can be overridden."""
+    warning for each weight that can be overridden. spare: no second copy of the weights in the
+    order in which the CPU multiplies fastest."""
     content = Path(path).read_bytes()
     wanted = providers(device)
     if EXTERNAL.search(content):
         raise Refused(f"{path}: keeps weights in another file; export.py writes none that do")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3 if quiet else 2
+    if spare:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     names = sorted({name.decode() for name in WEIGHT.findall(content)})
     missing = [name for name in names if name not in weights]
     if missing:
@@ -335,13 +338,15 @@ def tokenizer(served):
 class Diagnoser:
     """A diagnosis model from a folder that `export.py mora` wrote.
 
-    batch: samples that are read and run at once. `.provider` is what onnxruntime really uses,
+    batch: samples that are read and run at once; spare: slower, with a third less memory.
+    `.provider` is what onnxruntime really uses,
     `.manifest` what the folder says of itself (classes, modalities, ...).
     """
 
-    def __init__(self, folder, device="auto", batch=64):
+    def __init__(self, folder, device="auto", batch=64, spare=False):
         self.folder = Path(folder)
         self.device = device
+        self.spare = spare
         self.batch = batch
         self.manifest = read_manifest(folder, "mora")
         self.modalities = tuple(self.manifest["modalities"])
@@ -356,7 +361,8 @@ class Diagnoser:
         """The session of a graph ('mask' or a pattern such as 'image+note'), made at first use."""
         if graph not in self.sessions:
             path = unchanged(self, self.manifest["graphs"][graph])
-            self.sessions[graph] = open_session(path, self.device, self.weights)
+            session = open_session(path, self.device, self.weights, spare=self.spare)
+            self.sessions[graph] = session
         return self.sessions[graph]
 
     def run(self, graph, inputs):
@@ -658,13 +664,13 @@ def fill_in(diagnoser, synthesizer, notes, numeric, draws, steps, guidance, grai
 # ----------------------------------------------------------------------------------------- parity
 
 
-def check(folder, device="auto"):
+def check(folder, device="auto", spare=False):
     """Rerun the golden inputs at batch sizes all and 1; prints parity with torch and the provider.
     Returns the largest difference over all graphs, relative to max(1, |value|): of probabilities
-    and logits, of pixels in [-1,1]."""
+    and logits, of pixels in [-1,1]. spare: as in `Diagnoser`."""
     manifest = read_manifest(folder)
     if manifest["kind"] == "mora":
-        served = Diagnoser(folder, device)
+        served = Diagnoser(folder, device, spare=spare)
         graphs = golden_mora
     else:
         served = Synthesizer(folder, device)
@@ -702,6 +708,7 @@ def golden_mora(diagnoser, golden, device):
         return diagnoser.run(graph, {name: values[rows] for name, values in inputs.items()})
 
     for graph in diagnoser.manifest["graphs"]:
+        diagnoser.sessions.clear()  # one at a time: each may hold the weights once more
         wanted = (golden[f"logits {graph}"], golden[f"probabilities {graph}"])
         yield graph, partial(run, graph), wanted
 

@@ -141,8 +141,7 @@ class ViT(nn.Module):
         # Any modality of the batch tells how many samples there are.
         B = next(iter(batch.values())).shape[0]
         if present is None:
-            given = [float(name in batch) for name in self.modalities]
-            present = self.cls.new_tensor(given).expand(B, -1)
+            present = self.cls.new_ones(1, len(self.modalities)).expand(B, -1)
         tokens = [self.cls.expand(B, -1, -1)]  # [B,1,D]
         attended = [torch.ones_like(tokens[0][..., 0], dtype=torch.bool)]  # [B,1]
         for m, name in enumerate(self.modalities):
