@@ -287,6 +287,7 @@ def open_session(path, device, weights, quiet=False, spare=False):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3 if quiet else 2
     if spare:
+        options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.disable_prepacking", "1")
     names = sorted({name.decode() for name in WEIGHT.findall(content)})
     missing = [name for name in names if name not in weights]
