@@ -25,11 +25,11 @@ SMALL = 1024  # bytes; a smaller constant stays in its graph
 
 
 class Weights:
-    """The file weights.bin of a folder that is being written. Each array stands in it once, under a
-    name made of what it holds, so that all graphs of the folder share it. `.table` {name: {dtype,
-    shape, offset}} goes into the manifest.
+    """The weights of a folder that is being written. Each array stands in it once, under a name made
+    of what it holds, so that all graphs share it: in the file weights.bin, or in a graph that lends
+    it. `.table` {name: {dtype, shape, file, offset}} goes into the manifest.
 
-    The graphs say of such a weight that it is elsewhere, but not where: the reader of the folder
+    A graph says of such a weight that it is elsewhere, but not where: the reader of the folder
     hands it to onnxruntime, after it has checked the file's hash."""
 
     def __init__(self, folder):
@@ -37,15 +37,29 @@ class Weights:
         self.table = {}
         self.size = 0
 
-    def add(self, array):
-        """The name of an array, which is written to the file unless it is there."""
-        array = np.ascontiguousarray(array)
+    def form_of(self, array):
+        """(name, {dtype, shape}) of a contiguous array."""
         form = {"dtype": str(array.dtype), "shape": list(array.shape)}
         content = hashlib.sha256(json.dumps(form).encode())
-        content.update(array.data.cast("B") if array.size else b"")
-        name = f"weight-{content.hexdigest()[:24]}"
+        content.update(array.tobytes() if array.ndim == 0 else array)
+        return f"weight-{content.hexdigest()[:24]}", form
+
+    def lend(self, path, model):
+        """Let other graphs use the large weights that a written model holds itself."""
+        content = path.read_bytes()
+        for graph in graphs_in(model.graph):
+            for weight in graph.initializer:
+                if len(weight.raw_data) >= SMALL:
+                    name, form = self.form_of(onnx.numpy_helper.to_array(weight))
+                    offset = content.index(weight.raw_data)
+                    self.table[name] = form | {"file": path.name, "offset": offset}
+
+    def add(self, array):
+        """The name of an array, which is written to the file unless the folder has it."""
+        array = np.ascontiguousarray(array)
+        name, form = self.form_of(array)
         if name not in self.table:
-            self.table[name] = form | {"offset": self.size}
+            self.table[name] = form | {"file": self.path.name, "offset": self.size}
             padded = -(-array.nbytes // 64) * 64  # every weight starts at a multiple of 64 bytes
             with open(self.path, "ab") as f:
                 f.write(array.data)
@@ -79,13 +93,20 @@ class Weights:
         rename(graph, new)
 
 
-def rename(graph, new):
-    """Give the inputs of a graph's nodes, and of the graphs inside of it, new names {old: new}."""
+def graphs_in(graph):
+    """A graph and those inside of it, the bodies of its loops."""
+    yield graph
     for node in graph.node:
-        node.input[:] = [new.get(name, name) for name in node.input]
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                rename(attribute.g, new)
+                yield from graphs_in(attribute.g)
+
+
+def rename(graph, new):
+    """Give the inputs of a graph's nodes, and of the graphs inside of it, new names {old: new}."""
+    for part in graphs_in(graph):
+        for node in part.node:
+            node.input[:] = [new.get(name, name) for name in node.input]
 
 
 def trace(module, inputs, outputs, dynamic, weights=None):
@@ -163,10 +184,11 @@ def pad(ids, lengths):
     ids[np.arange(ids.shape[1]) >= lengths[:, None]] = words.PAD
 
 
-def write_graph(model, path, metadata, weights):
-    """Move the large initializers of an ONNX model into the folder's `Weights`, check the model
-    whole and write it atomically."""
-    weights.move(model)
+def write_graph(model, path, metadata, weights=None):
+    """Check an ONNX model whole and write it atomically; with `weights`, the folder's, its large
+    initializers stand there."""
+    if weights:
+        weights.move(model)
     onnx.helper.set_model_props(model, metadata)
     check_whole(model)
     data.write_atomic(path, model.SerializeToString(deterministic=True))

@@ -12,6 +12,7 @@ from pathlib import Path
 from reprlib import repr as short
 
 import torch
+import torch.nn.functional as F
 
 from minilora import selora
 
@@ -111,8 +112,18 @@ def save_peft(model, folder):
 
 def save_diffusers(model, folder, prefix="unet"):
     """Write pytorch_lora_weights.safetensors with keys PREFIX.<layer>.lora_A.weight, as diffusers
-    loads them into the model that goes by the prefix. ValueError as in `save_peft`."""
-    weights = weights_of(lora_pairs(model), prefix)
+    loads them into the model that goes by the prefix. ValueError as in `save_peft`.
+
+    The file has no place for alpha: diffusers before 0.40 takes the first layer's rank for the alpha
+    of all. So zeros fill every layer up to the largest rank, and the scale is 1 in any version."""
+    pairs = lora_pairs(model)
+    largest = max(len(A) for A, B in pairs.values())
+    for name, (A, B) in pairs.items():
+        rank = largest - len(A)  # of zeros
+        A = F.pad(A, [0, 0] * (A.dim() - 1) + [0, rank])
+        B = F.pad(B, [0, 0] * (B.dim() - 2) + [0, rank])
+        pairs[name] = (A, B)
+    weights = weights_of(pairs, prefix)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(weights, folder / "pytorch_lora_weights.safetensors")

@@ -29,9 +29,9 @@ from minilora.data import Refused
 from minilora.wordpiece import WordPiece
 
 # What a manifest says of the layout of its folder; an exported folder of another format is refused.
-# Those before the last hold a graph's weights in the graph itself.
+# In those before the last each graph holds its weights itself.
 FORMATS = {"mora": (1, 2), "selora": (2, 3)}
-WEIGHTS = "weights.bin"  # the weights of all graphs of a folder; its manifest says where each stands
+WEIGHTS = "weights.bin"  # weights that graphs of a folder share; its manifest says where each stands
 VOCABULARY = "vocab.txt"  # in a folder whose words are pieces of a vocabulary
 # Parity with torch, relative to max(1, |value|): of a probability or a logit; of a pixel in [-1,1]
 # or a velocity.
@@ -43,7 +43,7 @@ TOLERANCES = {
 }
 # The entry of a TensorProto that names a file of weights, however long its length is written.
 EXTERNAL = re.compile(rb"\x0a(?:\x08|\x88\x80*\x00)location")
-# The name of a weight that a graph takes from weights.bin.
+# The name of a weight that a graph does not hold itself.
 WEIGHT = re.compile(rb"weight-[0-9a-f]{24}")
 
 
@@ -63,8 +63,7 @@ def read_manifest(folder, kind=None):
     folder = Path(folder)
     path = folder / "manifest.json"
     files = {*manifest["graphs"].values()}
-    if manifest.get("weights"):
-        files.add(WEIGHTS)
+    files |= {place["file"] for place in manifest.get("weights", {}).values()}
     if manifest.get("tokenizer") == "wordpiece":
         files.add(VOCABULARY)
     for adapter in manifest.get("adapters", {}).values():
@@ -196,7 +195,9 @@ def is_origin(value):
 
 def is_weight(value):
     """Whether a value can say where an array stands in a file of weights."""
-    if not isinstance(value, dict) or {*value} != {"dtype", "shape", "offset"}:
+    if not isinstance(value, dict) or {*value} != {"dtype", "shape", "file", "offset"}:
+        return False
+    if not is_file(value["file"]):
         return False
     shape = value["shape"]
     numbers = [value["offset"], *shape] if isinstance(shape, list) else [None]
@@ -254,31 +255,49 @@ def providers(device):
     return [("CUDAExecutionProvider", {"use_tf32": 0}), "CPUExecutionProvider"]
 
 
-def stored_weights(served):
-    """{name: OrtValue} of the weights.bin of a served folder, whose bytes are hashed as they are
-    read; of a folder of an earlier format there are none."""
-    table = served.manifest.get("weights", {})
-    if not table:
-        return {}
-    path = served.folder / WEIGHTS
-    content = np.fromfile(path, np.uint8)
-    if hashlib.sha256(content).hexdigest() != served.manifest["files"][WEIGHTS]:
-        raise Refused(f"{path}: was changed since the folder was opened; open it again")
-    weights = {}
-    for name, place in table.items():
+class Stored:
+    """The weights of a folder that its graphs do not hold themselves, read when first needed."""
+
+    def __init__(self, folder, manifest):
+        self.folder = Path(folder)
+        self.hashes = manifest["files"]
+        self.table = manifest.get("weights", {})
+        self.files = {}  # {file: its bytes}
+        self.values = {}  # {name: OrtValue}; onnxruntime reads their memory and does not keep it
+
+    def content(self, file):
+        """The bytes of a file [n] uint8, hashed as they are read: what is checked is what is used."""
+        if file not in self.files:
+            content = np.fromfile(self.folder / file, np.uint8)
+            if hashlib.sha256(content).hexdigest() != self.hashes[file]:
+                raise Refused(f"{self.folder / file}: was changed since the folder was opened; "
+                              "open it again")
+            self.files[file] = content
+        return self.files[file]
+
+    def value(self, name):
+        """A weight as an OrtValue; `Refused` if the manifest does not say where it stands."""
+        if name in self.values:
+            return self.values[name]
+        if name not in self.table:
+            raise Refused(f"{self.folder}: a graph needs '{name}', which manifest.json lacks")
+        place = self.table[name]
+        content = self.content(place["file"])
         dtype = np.dtype(place["dtype"])
         end = place["offset"] + dtype.itemsize * math.prod(place["shape"])
-        if end > len(content) or place["offset"] % dtype.itemsize:
-            raise Refused(f"{path}: weight '{name}' does not lie in it; export.py writes none so")
+        if end > len(content):
+            raise Refused(f"{self.folder / place['file']}: weight '{name}' does not lie in it")
         array = content[place["offset"] : end].view(dtype).reshape(place["shape"])
-        weights[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
-    return weights
+        if not array.flags.aligned:
+            array = array.copy()
+        self.values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        return self.values[name]
 
 
-def open_session(path, device, weights, quiet=False, spare=False):
-    """An onnxruntime session on the device, whose graph takes what it needs of the folder's weights
-    {name: OrtValue}; `Refused` if CUDA was asked for by name and did not load. quiet: no line of
-    warning for each weight that can be overridden. spare: no second copy of the weights in the
+def open_session(path, device, stored, quiet=False, spare=False):
+    """An onnxruntime session on the device, whose graph takes what it does not hold from `stored`,
+    the folder's `Stored`; `Refused` if CUDA was asked for by name and did not load. quiet: no line
+    of warning for each weight that can be overridden. spare: no second copy of the weights in the
     order in which the CPU multiplies fastest."""
     content = Path(path).read_bytes()
     wanted = providers(device)
@@ -290,11 +309,8 @@ def open_session(path, device, weights, quiet=False, spare=False):
         options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.disable_prepacking", "1")
     names = sorted({name.decode() for name in WEIGHT.findall(content)})
-    missing = [name for name in names if name not in weights]
-    if missing:
-        raise Refused(f"{path}: needs '{missing[0]}', which is not in {WEIGHTS}")
     # As bytes that were hashed: a graph names no file, so none can be put in its place.
-    options.add_external_initializers(names, [weights[name] for name in names])
+    options.add_external_initializers(names, [stored.value(name) for name in names])
     try:
         session = onnxruntime.InferenceSession(content, options, providers=wanted)
     except Exception as error:  # onnxruntime raises its own family of exceptions
@@ -353,7 +369,7 @@ class Diagnoser:
         self.modalities = tuple(self.manifest["modalities"])
         self.classes = self.manifest["classes"]
         self.numeric = self.manifest["numeric"]
-        self.weights = stored_weights(self)
+        self.stored = Stored(folder, self.manifest)
         self.tokenizer = tokenizer(self)
         self.sessions = {}
         self.provider = self.session("mask").get_providers()[0]
@@ -362,7 +378,7 @@ class Diagnoser:
         """The session of a graph ('mask' or a pattern such as 'image+note'), made at first use."""
         if graph not in self.sessions:
             path = unchanged(self, self.manifest["graphs"][graph])
-            session = open_session(path, self.device, self.weights, spare=self.spare)
+            session = open_session(path, self.device, self.stored, spare=self.spare)
             self.sessions[graph] = session
         return self.sessions[graph]
 
@@ -549,9 +565,9 @@ class Synthesizer:
         self.manifest = read_manifest(folder, "selora")
         self.adapters = tuple(self.manifest["adapters"])
         self.loaded = {}
-        self.weights = stored_weights(self)
+        self.stored = Stored(folder, self.manifest)
         path = self.folder / self.manifest["graphs"]["sampler"]
-        self.session = open_session(path, device, self.weights, quiet=bool(self.adapters))
+        self.session = open_session(path, device, self.stored, quiet=bool(self.adapters))
         self.provider = self.session.get_providers()[0]
 
     def options(self, adapter):
@@ -727,7 +743,7 @@ def golden_selora(synthesizer, golden, device):
         yield f"sampler{suffix}", partial(run, name), [golden[f"images{suffix}"]]
     if "denoise" in synthesizer.manifest["graphs"]:
         path = synthesizer.folder / synthesizer.manifest["graphs"]["denoise"]
-        session = open_session(path, device, synthesizer.weights)
+        session = open_session(path, device, synthesizer.stored)
 
         def denoise(rows):
             return session.run(["velocity"], {name: golden[name][rows] for name in ("z", "t", "ids")})

@@ -254,8 +254,9 @@ def test_weights_stand_once_in_a_folder_and_no_graph_names_a_file(folder):
 @pytest.mark.parametrize("change,words", [
     (lambda m: m["weights"][min(m["weights"])].update(offset=10**9), "does not lie in it"), (lambda m: m["weights"][min(m["weights"])].update(offset=-64), "'weights' is"),
     (lambda m: m["weights"][min(m["weights"])].update(shape=[2**39]), "does not lie in it"), (lambda m: m["weights"][min(m["weights"])].update(dtype="object"), "'weights' is"),
-    (lambda m: m["weights"][min(m["weights"])].update(shape=[1, 1]), "onnxruntime cannot load it"), (lambda m: m["weights"].pop(min(m["weights"])), "which is not in weights.bin"),
-    (lambda m: m["files"].pop("weights.bin"), "needs weights.bin, whose hash it lacks"), (lambda m: m.pop("weights"), "which is not in weights.bin"),
+    (lambda m: m["weights"][min(m["weights"])].update(shape=[1, 1]), "onnxruntime cannot load it"), (lambda m: m["weights"].pop(min(m["weights"])), "which manifest.json lacks"),
+    (lambda m: m["weights"][min(m["weights"])].update(file="../weights.bin"), "'weights' is"),
+    (lambda m: m["files"].pop("weights.bin"), "needs weights.bin, whose hash it lacks"), (lambda m: m.pop("weights"), "which manifest.json lacks"),
     (lambda m: m.update(tokenizer="wordpiece"), "needs vocab.txt, whose hash it lacks"), (lambda m: m.update(tokenizer="bpe"), "'tokenizer' is bpe")])
 def test_a_table_of_weights_that_does_not_fit_is_refused(folder, tmp_path, change, words):
     """As a stranger could sign it."""

@@ -124,6 +124,22 @@ def test_diffusers_loads_what_was_grown_here(tmp_path):
     assert (run(selora.merge(copy.deepcopy(model))) - wanted).abs().max() < 1e-5 * scale
 
 
+def test_a_diffusers_file_has_one_rank(tmp_path):
+    """It has no place for alpha, and diffusers before 0.40 takes the first layer's rank for the alpha of all layers."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is in the pretrained extra")
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Conv2d(3, 6, 3), torch.nn.Linear(4, 4))
+    selora.inject(model, ".*")
+    for rank, layer in zip((3, 1, 2), selora.adapters(model).values()):
+        layer.rank = rank
+        torch.nn.init.normal_(layer.B)
+    interchange.save_diffusers(model, tmp_path, "unet")
+    weights = safetensors.load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    for name, (A, B) in interchange.lora_pairs(model).items():
+        theirs = weights[f"unet.{name}.lora_A.weight"], weights[f"unet.{name}.lora_B.weight"]
+        assert len(theirs[0]) == theirs[1].shape[1] == 3
+        assert torch.allclose(theirs[1].flatten(1) @ theirs[0].flatten(1), B.flatten(1) @ A.flatten(1), atol=1e-6)
+
+
 def test_mora_around_block_0_of_transformers_vilt(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is in the bench extra")
     import onnxruntime

@@ -135,6 +135,7 @@ def test_one_modality_and_positions_at_another_size(vilt):
     assert torch.allclose(new[2, 0], middle, atol=1e-6)
 
 
+QUICK = ("--base", "vilt", "--phantoms", "60")
 RUN = ["--seeds", "1", "--steps", "6", "--phantoms", "120", "--batch", "8", "--device", "cpu"]
 
 
@@ -191,7 +192,7 @@ def test_a_changed_checkpoint_or_size_is_another_run(vilt, tmp_path, monkeypatch
 
 
 def test_numbers_have_no_place_in_a_vilt(vilt, refused):
-    assert "it has no place for vitals" in refused(train_mora.main, "--base", "vilt", "--modalities", "image", "vitals")
+    assert "it has no place for vitals" in refused(train_mora.main, *QUICK, "--modalities", "image", "vitals")
 
 
 @pytest.mark.parametrize("argv,words", [
@@ -199,7 +200,7 @@ def test_numbers_have_no_place_in_a_vilt(vilt, refused):
     (("--preset", "base"), "--preset base"), (("--positions", "8"), "--positions 8"), (("--image-size", "30"), "30 is not divisible by the patch size 8"),
     (("--base", "nowhere"), "nowhere/config.json: no such file; --base takes a folder with config.json, model.safetensors or pytorch_model.bin, and vocab.txt")])
 def test_settings_without_use_are_refused(vilt, refused, argv, words):
-    assert words in refused(train_mora.main, "--base", "vilt", *argv)
+    assert words in refused(train_mora.main, *QUICK, *argv)
 
 
 SETTINGS = [("hidden_act", "relu", "hidden_act is 'relu'; only a ViLT with hidden_act 'gelu'"), ("qkv_bias", False, "qkv_bias is False"),
@@ -215,7 +216,7 @@ SETTINGS = [("hidden_act", "relu", "hidden_act is 'relu'; only a ViLT with hidde
 def test_settings_that_mean_another_model_are_refused_by_name(vilt, refused, key, value, words):
     config = json.loads((vilt / "config.json").read_text())
     (vilt / "config.json").write_text(json.dumps(config | {key: value}))
-    assert words in refused(train_mora.main, "--base", "vilt")
+    assert words in refused(train_mora.main, *QUICK)
 
 
 def damage(vilt, how):
@@ -259,4 +260,4 @@ def damage(vilt, how):
     ("bytes", "vocab.txt: not readable")])
 def test_a_damaged_or_foreign_checkpoint_is_one_line(vilt, refused, how, words):
     damage(vilt, how)
-    assert words in refused(train_mora.main, "--base", "vilt")
+    assert words in refused(train_mora.main, *QUICK)
