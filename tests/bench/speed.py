@@ -31,7 +31,7 @@ from minilora import checkpoint, data, diffusion, export_mora, export_selora, se
 from minilora.mora import MoRA, attach, gates
 from minilora.phantoms import phantoms
 from minilora.ranks import probe_steps as steps_with_probe
-from minilora.task import on
+from minilora.task import batch_at, on
 from minilora.unet import Denoiser
 from minilora.vae import VAE
 from minilora.vit import ViT
@@ -96,10 +96,16 @@ def mora_vs_sample_loop(B, T, D, r, M=2, rounds=None):
     return compare(lambda: mora(x, present).sum().backward(), loop, rounds, floor=True)
 
 
+def inputs_of(study):
+    """{modality: tensor} of all samples of a study, as a `ViT` of the default size takes them."""
+    encode = partial(tokenize, buckets=2048, positions=12)
+    return batch_at(on("cpu", data.model_inputs(study, 32, 1, encode, {})), slice(None))
+
+
 def mora_step_overhead():
     """A training step with MoRA against the same step of the head alone where gradients reach the input."""
     study = phantoms(64, 0).select(("image", "note"))
-    inputs = on("cpu", data.model_inputs(study, 32, 1, 2048, 12, {}))
+    inputs = inputs_of(study)
     present = torch.from_numpy(data.missing_table(study.have(), study.modalities, "any:0.7", 0).astype(np.float32))
     labels = torch.from_numpy(study.labels)
 
@@ -368,7 +374,7 @@ def exported(folder, **sizes):
     adapter = {"method": "mora", "seed": 0, "rank": 4, "state": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, "scales": {}}
     base = {k: v for k, v in build().state_dict().items() if not k.startswith("head.")}
     checkpoint.save(folder / "model.pt", {
-        "format": 1, "kind": "mora", "config": model.config, "base": base, "base_hash": "", "class_names": ["a", "b", "c", "d"],
+        "format": 1, "kind": "mora", "config": model.config | {"absent": "mask"}, "base": base, "base_hash": "", "class_names": ["a", "b", "c", "d"],
         "multilabel": False, "columns": {}, "data": "", "synthetic": True, "synthetic_notes": False, "patterns": [[1, 1]],
         "adapter": adapter})  # fmt: skip
     served = serve.Diagnoser(export_mora.export_mora(folder), "cpu")
@@ -417,7 +423,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             served, model = exported(Path(folder), patch=patch)
         study = phantoms(64, 0).select(("image", "note"))
-        inputs = data.model_inputs(study, 32, 1, 2048, 12, {})
+        inputs = {name: x.numpy() for name, x in inputs_of(study).items()}
         for B in (1, 8, 64) if patch == 8 else (1,):
             feed = {k: v[:B] for k, v in inputs.items()}
             words, whole = partial(served.run, "note", feed), partial(served.run, "image+note", feed)
