@@ -256,7 +256,7 @@ def pick_rate(cfg, ctx, method, rates):
     """(learning rate, {rate: validation macro-F1}): as given, or the best of the grid on seed 0's
     validation split.
 
-    The winner's run is seed 0's run: it is not trained again."""
+    The winner's run is seed 0's run: it is not trained again. Of the others the scores are kept."""
     if method in rates or "" in rates:
         return rates.get(method, rates.get("")), {}
     scores = {}
@@ -267,6 +267,9 @@ def pick_rate(cfg, ctx, method, rates):
     path = cfg.out / f"adapters/{method}-s0.pt"
     if not path.exists():
         checkpoint.link(cfg.out / f"picks/{method}-{best:g}.pt", path)
+    for lr in scores:
+        if lr != best:
+            checkpoint.drop_weights(cfg.out / f"picks/{method}-{lr:g}.pt")
     each = ", ".join(f"{lr:g}: {v:.3f}" for lr, v in scores.items())
     print(
         f"{method}: learning rate {best:g}, picked on seed 0's validation split (macro-F1 {each})"

@@ -153,6 +153,14 @@ def link(path, kept):
             write_atomic(kept, path.read_bytes())
 
 
+def drop_weights(path):
+    """Keep of an adapter's file all but its weights, in rank 0."""
+    if leader():
+        content = load(path)
+        if content["state"]:
+            save(path, content | {"state": {}})
+
+
 def load(path, kind=None, of=None):
     """Read what `save` wrote, to the CPU. `Refused` if it is missing, cut, has a flipped bit, holds
     code, is not of `kind`, lacks an entry of that kind or has another type there, or its own 'of'
