@@ -169,7 +169,7 @@ def load(path, kind=None, of=None):
     if not path.is_file():
         raise Refused(f"{path}: no such file")
     try:
-        content = _read(path)
+        content = read_archive(path)
     except Refused:
         raise
     except Exception as error:  # zip and pickle errors come as many types, which all mean the same here
@@ -187,8 +187,8 @@ def load(path, kind=None, of=None):
     return content
 
 
-def _read(path):
-    """The content of a checkpoint whose archive is as `save` leaves it."""
+def read_archive(path):
+    """The content of a file of torch whose archive is as torch leaves it: nothing in it is run."""
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
         unpacked = sum(part.file_size for part in parts)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minilora.checkpoint import WEIGHT_FILES
+from minilora.checkpoint import WEIGHT_FILES, read_archive
 from minilora.data import Refused, refusing
 from minilora.wordpiece import WordPiece
 
@@ -42,6 +42,16 @@ HARMLESS = {
     "type_vocab_size", "modality_type_vocab_size", "tie_word_embeddings", "id2label", "label2id",
     "problem_type", "return_dict", "layer_norm_eps",
 }  # fmt: skip
+# Files that a folder may have, and what they may say of the images and words that a model has seen.
+PREPARATION = {
+    "preprocessor_config.json": {
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_normalize": True,
+        "do_rescale": True,
+    },
+    "tokenizer_config.json": {"do_lower_case": True, "strip_accents": True},
+}
 # Of a block: our names and theirs.
 BLOCK = {
     "norm1": "layernorm_before",
@@ -63,6 +73,7 @@ def read_vilt(folder, modalities=("image", "note"), image_size=None):
     if others:
         raise Refused(f"{folder}: a ViLT reads image and note; it has no place for {others[0]}")
     config = read_config(folder)
+    check_preparation(folder)
     D = config["hidden_size"]
     patch = config["patch_size"]
     image_size = image_size or config["image_size"]
@@ -112,6 +123,28 @@ def read_vocabulary(folder, size=None):
     return vocabulary
 
 
+def read_json(path):
+    """The dictionary of settings in a JSON file; `Refused` if it holds none."""
+    try:
+        settings = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refused(f"{path}: not readable as JSON ({type(error).__name__})") from None
+    if not isinstance(settings, dict):
+        raise Refused(f"{path}: holds a {type(settings).__name__}; needs a dictionary of settings")
+    return settings
+
+
+def check_preparation(folder):
+    """`Refused` if a file beside the weights says that images or words were prepared otherwise than
+    here: pixels in [-1,1], words in lower case without accents."""
+    for name, good in PREPARATION.items():
+        path = Path(folder) / name
+        settings = read_json(path) if path.is_file() else {}
+        for key, value in good.items():
+            if settings.get(key) not in (None, value):
+                raise Refused(f"{path}: {key} is {settings[key]!r:.40}; only {value!r} can be read")
+
+
 def read_config(folder):
     """The settings of a folder's config.json, those of `SIZES` and layer_norm_eps always among
     them; `Refused` with the first that is not known to mean the same here."""
@@ -119,13 +152,7 @@ def read_config(folder):
     if not path.is_file():
         raise Refused(f"{path}: no such file; --base takes a folder with config.json, "
                       f"{' or '.join(WEIGHT_FILES)}, and vocab.txt")
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"{path}: not readable as JSON ({type(error).__name__})") from None
-    if not isinstance(config, dict):
-        raise Refused(f"{path}: holds a {type(config).__name__}; needs a dictionary of settings")
-    config = SIZES | {"model_type": None, "layer_norm_eps": 1e-12} | config
+    config = SIZES | {"model_type": None, "layer_norm_eps": 1e-12} | read_json(path)
     for key, value in config.items():
         # As text, for 1 == True.
         good = [repr(value) for value in GOOD.get(key, OFF)]
@@ -192,6 +219,8 @@ class Weights:
         position = position + self.take(f"{text}.token_type_embeddings.weight", None, D)[0]
         norm = self.pair(f"{text}.LayerNorm", D)
         kinds = self.take("embeddings.token_type_embeddings.weight", None, D)
+        if len(kinds) < 2:
+            raise Refused(f"{self.path}: has {len(kinds)} kinds of tokens; words and patches are two")
         first = words[cls_id] + position[0]  # [D]
         first = F.layer_norm(first, (D,), *norm, config["layer_norm_eps"]) + kinds[0]
         projection = "embeddings.patch_embeddings.projection"
@@ -251,11 +280,11 @@ def read_weights(folder):
 
             return path, load_file(path)
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch.load checks no checksum
-            if damaged:
-                raise ValueError(f"damaged at {damaged}")
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = read_archive(path)
+        else:  # as torch wrote files before 1.6
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Refused:
+        raise
     except ImportError:
         raise Refused(f"{path}: reading it needs safetensors: pip install "
                       "'minilora[pretrained]'") from None
