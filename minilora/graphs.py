@@ -260,6 +260,9 @@ def write_manifest(folder, manifest):
     """Write manifest.json: what is given, the hash of every file beside it, the versions, and its
     own hash.
     """
+    if (folder / serve.WEIGHTS).exists():
+        with open(folder / serve.WEIGHTS, "rb+") as f:
+            os.fsync(f.fileno())  # every other file is written through as a whole
     names = sorted(p.name for p in folder.iterdir() if p.name != "manifest.json")
     versions = {
         "minilora": __version__,
