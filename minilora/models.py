@@ -27,14 +27,18 @@ WORDS = "text.words.weight"  # the vectors of a denoiser's words [buckets,Dt]
 
 
 def build(vit_config, base, method, rank, seed, state=None, places=("the base", "the adapter")):
-    """The frozen base with a method's adapter, fresh from `seed` or with a trained `state`; then
-    the model's weights are those of base and state, not copies. `Refused` unless base and state fit
-    exactly; `places`: where they come from."""
+    """The frozen base with a method's adapter, fresh from `seed` or with a trained `state`. What is
+    frozen is `base` itself, not a copy. `Refused` unless base and state fit exactly; `places`:
+    where they come from."""
     torch.manual_seed(seed)
-    model = based(vit_config, base, places[0], shared=state is not None)
+    model = based(vit_config, base, places[0], empty=state is not None)
     with refusing(places[1]):
         attach(model, method, rank)
-    if state is not None:
+    if state is None:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.clone()  # what trains must not change the base
+    else:
         checkpoint.check_weights(f"{places[1]}, method '{method}'", state, kept_weights(model))
         model.load_state_dict(state, strict=False, assign=True)
     return model
@@ -45,14 +49,14 @@ def base_file(base_hash):
     return Path(f"runs/base/vit-{base_hash}.pt")
 
 
-def based(vit_config, base, place, shared=False):
-    """A `ViT` with pretrained weights, which are all but the head's. shared: its weights are those
-    of `base` and no copies, and the head is still to be loaded."""
-    with refusing(place), torch.device("meta" if shared else "cpu"):
+def based(vit_config, base, place, empty=False):
+    """A `ViT` whose weights, all but the head's, are those of `base` and no copies. empty: the head
+    is still to be loaded, and nothing is drawn for it."""
+    with refusing(place), torch.device("meta" if empty else "cpu"):
         vit = make_vit(vit_config)
     checkpoint.check_weights(place, base, without_head(vit))
-    vit.load_state_dict(base, strict=False, assign=shared)
-    if shared:  # what is no weight was made on the meta device too
+    vit.load_state_dict(base, strict=False, assign=True)
+    if empty:  # what is no weight was made on the meta device too
         for name, ids in vit.config["columns"].items():
             setattr(vit, f"columns_{name}", torch.tensor(ids))
     return vit
