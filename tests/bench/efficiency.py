@@ -10,6 +10,7 @@ over full fine-tuning are taken within a round. docs/speed.md shows the tables.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -30,7 +31,7 @@ if importlib.util.find_spec("tyro") is None:
     sys.modules["tyro"] = types.ModuleType("tyro")  # train_mora needs it for its command line alone
 
 from minilora import checkpoint, data  # noqa: E402
-from minilora.models import count, kept_weights, make_vit  # noqa: E402
+from minilora.models import count, kept_weights, make_vit, without_head  # noqa: E402
 from minilora.mora import attach, gates  # noqa: E402
 from minilora.processes import pick_device  # noqa: E402
 from minilora.task import batch_at  # noqa: E402
@@ -140,6 +141,47 @@ def holdings(size, method, batch, device):
     return count(training.model) | {"stored": stored, "file": file} | memory
 
 
+def random_run(size, folder):
+    """A run folder with random weights, as `export.py mora` takes one."""
+    model = adapted(size, "mora")
+    torch.nn.init.normal_(model.blocks[0].mora.up)
+    config = config_of(size)
+    base = without_head(make_vit(config))
+    state = {name: p.detach() for name, p in kept_weights(model).items()}
+    adapter = {"method": "mora", "seed": 0, "rank": Config.rank, "state": state, "scales": {}}
+    content = {
+        "format": 1,
+        "kind": "mora",
+        "config": model.config | {"absent": "mask"},
+        "base": base,
+        "base_hash": "",
+        "adapter": adapter,
+        "patterns": [[1, 1]],
+        "class_names": ["a", "b", "c", "d"],
+        "multilabel": False,
+        "columns": {},
+        "data": "",
+        "synthetic": True,
+        "synthetic_notes": False,
+    }
+    checkpoint.save(folder / "model.pt", content)
+
+
+def export_costs(folder):
+    """Bytes of an export's weights and graphs, and of memory at its peak and before."""
+    from minilora.export_mora import export_mora
+
+    before = peak(torch.device("cpu"))
+    with contextlib.redirect_stdout(sys.stderr):
+        out = export_mora(folder)
+    return {
+        "weights": (out / "weights.bin").stat().st_size,
+        "graphs": sum(path.stat().st_size for path in out.glob("*.onnx")),
+        "whole": peak(torch.device("cpu")),
+        "before": before,
+    }
+
+
 def times(size, batch, device, rounds):
     """{method: [[seconds on the wall, CPU seconds] of a step in each round]}."""
     usual, steps = ROUNDS[size]
@@ -168,6 +210,7 @@ def apart(part, size, options):
     """What one part finds, in a process of its own: a method's memory, or 'times'. Its ru_maxrss
     starts from what this process holds, in which nothing but imports may have run."""
     command = [sys.executable, __file__, "--part", part, "--size", size]
+    command += ["--folder", str(options.folder)]
     for name in ("batch", "threads", "rounds", "device"):
         command += [f"--{name}", str(getattr(options, name))]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -191,6 +234,22 @@ def measured(size, options):
         figure["memory_over_full"] = figure["memory"] / max(1, figures["full"]["memory"])
         figure["rounds"] = taken[method]
     return figures
+
+
+def exported(size, options):
+    """A line on the export of a run of this size, and its figures in bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        options.folder = Path(folder)
+        apart("run", size, options)
+        figures = apart("export", size, options)
+    took = figures["whole"] - figures["before"]
+    line = (
+        f"export of four graphs: {megabytes(figures['weights'])} of weights and "
+        f"{megabytes(figures['graphs'])} of graphs; peak memory {megabytes(figures['whole'])}, of "
+        f"which imports {megabytes(figures['before'])}: the rest is "
+        f"{took / figures['weights']:.2f} times the weights"
+    )
+    return line, figures
 
 
 def cells(method, figure):
@@ -251,7 +310,9 @@ def parsed(argv):
     parser.add_argument("--rounds", type=int, default=0, help="0: 10 at base32, 20 at default")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", type=Path, help="file (.json) for all figures")
-    parser.add_argument("--part", choices=(*METHODS, "times"), help=argparse.SUPPRESS)
+    parts = (*METHODS, "times", "run", "export")
+    parser.add_argument("--part", choices=parts, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     for name, low in (("batch", 1), ("threads", 1), ("rounds", 0)):
         value = getattr(options, name)
@@ -263,6 +324,10 @@ def parsed(argv):
 
 def run_part(part, size, options):
     """What a process of its own finds of a part."""
+    if part == "run":
+        return random_run(size, options.folder)
+    if part == "export":
+        return export_costs(options.folder)
     if part != "times":
         return holdings(size, part, options.batch, options.device)
     return times(size, options.batch, options.device, options.rounds)
@@ -283,6 +348,8 @@ def main(argv=None):
             where = ", ".join(f"{name} {value}" for name, value in facts.items())
             print(f"\n{size}, batch {options.batch}, float32, {where}\n")
             print(*table(sizes[size]), sep="\n", flush=True)
+            line, sizes[size]["export"] = exported(size, options)
+            print(f"\n{line}", flush=True)
         if options.out:
             content = {"machine": facts, "batch": options.batch, "sizes": sizes}
             checkpoint.write_json(options.out, content)
