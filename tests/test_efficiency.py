@@ -54,6 +54,8 @@ def test_every_method_is_a_row_and_is_kept_as_a_run_keeps_it(tmp_path, monkeypat
     efficiency.main(["--size", "tiny", "--threads", "1", "--out", "found/figures.json"])
     lines = capsys.readouterr().out.splitlines()
     figures = json.loads((tmp_path / "found/figures.json").read_text())["sizes"]["tiny"]
+    costs = json.loads((tmp_path / "found/figures.json").read_text())["exports"]["tiny"]
+    assert 0 < costs["before"] <= costs["whole"] and costs["weights"] > 4 * figures["mora"]["stored"]
     assert [*figures] == ["head", "mora", "prompt", "lora", "full"] == [line.split()[1] for line in lines[-5:]]
     assert len({line.count("|") for line in lines[-7:]}) == 1
     assert all(len(figure["rounds"]) == 2 and figure["seconds"] > 0 for figure in figures.values()) and figures["full"]["seconds_over_full"] == 1
@@ -71,7 +73,7 @@ def test_every_method_is_a_row_and_is_kept_as_a_run_keeps_it(tmp_path, monkeypat
 
 
 def test_a_part_is_measured_in_a_process_of_its_own():
-    options = argparse.Namespace(batch=2, threads=1, rounds=1, device=torch.device("cpu"))
+    options = argparse.Namespace(batch=2, threads=1, rounds=1, device=torch.device("cpu"), folder="")
     there = efficiency.apart("mora", "tiny", options)
     here = efficiency.run_part("mora", "tiny", options)
     assert all(there[name] == here[name] for name in ("adapter_params", "trainable_params", "total_params", "stored", "file"))

@@ -210,8 +210,7 @@ def apart(part, size, options):
     """What one part finds, in a process of its own: a method's memory, or 'times'. Its ru_maxrss
     starts from what this process holds, in which nothing but imports may have run."""
     command = [sys.executable, __file__, "--part", part, "--size", size]
-    command += ["--folder", str(options.folder)]
-    for name in ("batch", "threads", "rounds", "device"):
+    for name in ("batch", "threads", "rounds", "device", "folder"):
         command += [f"--{name}", str(getattr(options, name))]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(result.stdout.splitlines()[-1])
@@ -343,15 +342,16 @@ def main(argv=None):
             return
         facts = machine(options.device, options.threads)
         sizes = {}
+        exports = {}
         for size in options.size:
             sizes[size] = measured(size, options)
             where = ", ".join(f"{name} {value}" for name, value in facts.items())
             print(f"\n{size}, batch {options.batch}, float32, {where}\n")
-            print(*table(sizes[size]), sep="\n", flush=True)
-            line, sizes[size]["export"] = exported(size, options)
-            print(f"\n{line}", flush=True)
+            line, exports[size] = exported(size, options)
+            print(f"{line}\n", *table(sizes[size]), sep="\n", flush=True)
         if options.out:
             content = {"machine": facts, "batch": options.batch, "sizes": sizes}
+            content["exports"] = exports
             checkpoint.write_json(options.out, content)
 
 
