@@ -518,10 +518,10 @@ def same(a, b):
 def only_refused(path, form, read, fewer=()):
     """Change every entry of a file: `read()` refuses it in one line that names the file, or gives what it gave. Entries of
     `fewer` may be missing, as in files of earlier versions. Returns how often it was refused."""
-    wanted, unpack, refused = read(), checkpoint._read, 0
+    wanted, unpack, refused = read(), checkpoint.read_archive, 0
     with pytest.MonkeyPatch.context() as patch:
         for what, changed in changes(checkpoint.load(path), form):
-            patch.setattr(checkpoint, "_read", lambda p: changed if p == path else unpack(p))  # as if the file held it
+            patch.setattr(checkpoint, "read_archive", lambda p: changed if p == path else unpack(p))  # as if the file held it
             try:
                 result = read()
             except Refused as error:
