@@ -41,7 +41,7 @@ demo: install
 	@echo "== look at macro_f1.png in runs/demo/mora; samples.png, strip.png, ranks.png and sheet.png in runs/demo/selora; next: README.md"
 
 # The suite in two halves of about the same time, one on each core; the second is printed when both are through.
-HALF = tests/test_synthesis.py tests/test_train_selora.py tests/test_selora.py tests/test_studies.py
+HALF = tests/test_synthesis.py tests/test_train_selora.py tests/test_selora.py tests/test_studies.py tests/test_meta.py tests/test_gpu_check.py
 test: install
 	@echo "== the test suite, in two halves at once"
 	@$(PY) -m pytest -p no:cacheprovider $(HALF) >.test-half.log 2>&1 & other=$$!; \
