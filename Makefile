@@ -15,7 +15,7 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[test,pictures,dicom,pretrained]"
+	.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[test,pictures,studies,pretrained]"
 	touch $@
 
 demo: install

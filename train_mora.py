@@ -25,7 +25,7 @@ from minilora.loop import Log, Loop, rows_at, warm_cosine
 from minilora.models import base_file, build, count, image_digests, kept_weights, load_head
 from minilora.mora import branch_ranks, gates
 from minilora.processes import average, leader, own_part, pick_device, wait, world
-from minilora.task import Context, batch_at, check, column_ids, draw_studies, draw_task, evaluate
+from minilora.task import Context, batch_at, buckets, check, column_ids, draw_studies, draw_task, evaluate
 from minilora.task import finished_job, hash_of_base, image_size, input_sizes, listed
 from minilora.task import numeric_scales, on
 from minilora.task import pretrained_base, read_source, read_target, split_arrays, vit_sizes
@@ -95,8 +95,9 @@ class Config:
     width: Positive = 64  # Width of the transformer.
     depth: Positive = 4  # Blocks of the transformer.
     heads: Positive = 4  # Attention heads.
-    buckets: Annotated[int, Bounds(low=16)] = 2048  # Hash buckets for words.
-    # Word positions of a note; 0: what the longest note needs, at most 64. Longer notes are cut.
+    # Hash buckets for words; 0: 2048, or with --data 16 for each distinct word, at most 65536.
+    buckets: Natural = 0
+    # Word positions of a note; 0: what the longest note needs, at most 128. Longer notes are cut.
     positions: Natural = 0
     # Steps of pretraining on the source, once; the base is cached under runs/base.
     pretrain_steps: Positive = 1200
@@ -292,6 +293,7 @@ def run(cfg, stop):
     cfg = replace(cfg, image_size=image_size(cfg))
     rates, kept = check(cfg)
     study = read_target(cfg)
+    cfg = replace(cfg, buckets=buckets(cfg, study))
     for text in (cfg.missing, *cfg.test_missing):
         data.parse_missing(text, study.modalities)
     if cfg.base:
@@ -306,7 +308,7 @@ def run(cfg, stop):
         "absent": cfg.absent,
     }
     draws = {seed: draw_task(cfg, study, seed) for seed in range(cfg.seeds)}
-    print(*report.describe(study, draws), sep="\n")
+    print(*report.describe(study, draws, vit_config), sep="\n")
     print(*work_ahead(cfg, vit_config, rates, grid(cfg)), sep="\n")
     if cfg.augment:
         for seed, draw in draws.items():
@@ -352,7 +354,7 @@ def finish(cfg, ctx, source, readers, identity, kept, results, picked):
     patterns, counts = np.unique(np.concatenate(tables), axis=0, return_counts=True)
     frequent_first = np.argsort(-counts, kind="stable")
     content = {
-        "format": 1,
+        "format": 2,
         "kind": "mora",
         "config": ctx.vit,
         "base": ctx.base,
@@ -369,6 +371,8 @@ def finish(cfg, ctx, source, readers, identity, kept, results, picked):
         "synthetic": study.synthetic,
         "synthetic_notes": study.synthetic_notes,
         "fit": study.fit,
+        "prepared": study.prepared,
+        "tokenizer": "crc32-nfc",
     }
     checkpoint.save(cfg.out / "model.pt", content)
     ranks = {m: [r["branches"] for r in runs] for m, runs in results.items()}

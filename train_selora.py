@@ -33,10 +33,11 @@ from minilora.processes import average, leader, own_part, pick_device, wait, wor
 from minilora.ranks import ranks_of
 from minilora.report import REFERENCES
 from minilora.samples import judge_of, pixels, set_grain
-from minilora.task import finished_rule, latents, read_studies, reconstruction_error
+from minilora.task import buckets, check_words, finished_rule, latents, read_studies
+from minilora.task import reconstruction_error
 from minilora.unet import Denoiser
 from minilora.vae import VAE, augment, vae_loss
-from minilora.words import tokenize
+from minilora.words import positions_for, tokenize
 
 SAVE_EVERY = 100  # steps
 LOG_EVERY = 20  # steps
@@ -99,8 +100,11 @@ class Config:
     text_width: Positive = 64  # Width of the text encoder.
     text_depth: Natural = 1  # Blocks of the text encoder.
     heads: Positive = 4  # Attention heads.
-    buckets: Annotated[int, Bounds(low=16)] = 2048  # Hash buckets for words.
-    positions: Annotated[int, Bounds(low=2)] = 16  # Word positions of a note; longer notes are cut.
+    # Hash buckets for words; 0: 2048, or with --data 16 for each distinct word, at most 65536.
+    buckets: Natural = 0
+    # Word positions of a note; 0: 16, or with --data what the longest note needs, at most 128.
+    # Longer notes are cut.
+    positions: Natural = 0
     vae_steps: Positive = 500  # Steps of pretraining the autoencoder.
     pretrain_steps: Positive = 2000  # Steps of pretraining the denoiser.
     # Phantoms to draw of a domain where no file is given.
@@ -432,11 +436,12 @@ def evaluate(cfg, ctx, model, seed):
 
 def check(cfg):
     """Refuse what cannot be run, before data is read; returns the denoiser's keyword arguments."""
+    check_words(cfg)
     with refusing():  # rules and sizes that do not fit together
         ranks.check_rules(cfg)
         vae = VAE(cfg.image_size, 1, cfg.latent, cfg.factor, cfg.vae_width)
         config = dict(latent=cfg.latent, size=vae.size)
-        for name in ("width", "heads", "buckets", "positions", "text_width", "text_depth"):
+        for name in ("width", "heads", "text_width", "text_depth"):
             config[name] = getattr(cfg, name)
         Denoiser(**config)
         diffusion.alphas_cumprod(noisier=cfg.noisier)
@@ -471,6 +476,8 @@ def prepare(cfg, config, studies, device, stop):
     source = studies["source"]
     channels = 3 if any(study.images.ndim == 4 for study in studies.values()) else 1
     fixed = [3, data.fingerprint(source), channels]
+    if cfg.source:
+        fixed += ["crc32-nfc"]  # ids of a file's words; those of phantoms are as before
     fixed += [cfg.image_size, cfg.latent, cfg.factor, cfg.vae_width, cfg.vae_steps]
     heldout = data.split(source, 0)["test"]  # the base is judged by images that it has not seen
     train = np.setdiff1d(np.arange(len(source)), heldout)
@@ -494,7 +501,7 @@ def prepare(cfg, config, studies, device, stop):
     pairs = {}
     for role, study in studies.items():
         z = latents(vae, images[role])
-        ids = torch.from_numpy(tokenize(study.notes, cfg.buckets, cfg.positions)).to(device)
+        ids = torch.from_numpy(tokenize(study.notes, config["buckets"], config["positions"])).to(device)
         pairs[role] = Pairs(z, ids, alphas)
         error = reconstruction_error(vae, z, images[role])
         print(f"autoencoder: mean squared error {error:.4f} on the {role}, images in [-1,1]")
@@ -522,7 +529,11 @@ def run(cfg, stop):
     studies, drawable = read_studies(cfg)
     target = studies["target"]
     vit = load_judge(cfg.judge, device, target, cfg.data) if cfg.judge else None
-    print(*report.describe_pairs(studies, drawable), sep="\n")
+    positions = cfg.positions or (positions_for(target.notes, 16) if cfg.data else 16)
+    cfg = replace(cfg, buckets=buckets(cfg, target), positions=positions)
+    config |= {"buckets": cfg.buckets, "positions": cfg.positions}
+    adapted = check_adapters(cfg, config)[2]  # with the words' vectors
+    print(*report.describe_pairs(studies, drawable, config), sep="\n")
     parts = {}
     for seed in range(cfg.seeds):
         split = data.split(target, seed, cfg.train_share)
@@ -570,7 +581,7 @@ def finish(cfg, ctx, identity, results, on_source):
         selora.load_adapter(model, results[kept][0]["state"])
         put_words(model, results[kept][0]["words"])
     content = {
-        "format": 1,
+        "format": 2,
         "kind": "selora",
         "config": ctx.config,
         "base": ctx.base,
@@ -585,6 +596,8 @@ def finish(cfg, ctx, identity, results, on_source):
         "study": data.fingerprint(target),
         "synthetic": target.synthetic,
         "synthetic_notes": target.synthetic_notes,
+        "prepared": target.prepared,
+        "tokenizer": "crc32-nfc",
     }
     checkpoint.save(cfg.out / "model.pt", content)
     judges = {seed: judge.described(judging) for seed, judging in ctx.judges.items()}

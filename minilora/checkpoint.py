@@ -20,7 +20,9 @@ import torch
 from minilora.data import Refused, sha256, write_atomic
 from minilora.processes import first, leader, wait
 
-FORMATS = {"resume": 2}  # every other kind of checkpoint is of format 1
+FORMATS = {"resume": 2, "mora": 2, "selora": 2}  # every other kind of checkpoint is of format 1
+# Kinds of which format 1 is read too, and the entries that it lacks: notes were cut otherwise then.
+EARLIER = {"mora": ("prepared", "tokenizer"), "selora": ("prepared", "tokenizer")}
 # Of a pretrained base in the layout of transformers, the weights: the first of these that is there.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 RETIRED = {"sample_every"}  # settings of earlier versions, which changed no result
@@ -75,6 +77,8 @@ FORMS = {
         "synthetic": bool,
         "synthetic_notes": bool,
         "fit?": str,
+        "prepared": dict,
+        "tokenizer": str,
         "source_images?": torch.Tensor,
     },
     "mora adapter": BRANCH | {"counts": COUNTS, "result": {"val": SCORES, "by_test": TESTS}},
@@ -90,6 +94,8 @@ FORMS = {
         "adapter": ADAPTER,
         "data": DATA,
         "study?": str,
+        "prepared": dict,
+        "tokenizer": str,
         "synthetic": bool,
         "synthetic_notes": bool,
     },
@@ -179,7 +185,10 @@ def load(path, kind=None, of=None):
         ) from None
     if kind:
         _check_kind(path, content, kind)
-        check_form(path, content, FORMS.get(kind, dict))
+        form = FORMS.get(kind, dict)
+        if kind in EARLIER and content["format"] == 1:
+            form = {key: value for key, value in form.items() if key not in EARLIER[kind]}
+        check_form(path, content, form)
     if of and content.get("of") != of:
         raise Refused(
             f"{path}: holds '{content.get('of')}', not '{of}'; it was changed, or made by another version"
@@ -212,7 +221,8 @@ def _check_kind(path, content, kind):
         content = {"kind": type(content).__name__}
     same_kind = content.get("kind") == kind
     wanted = FORMATS.get(kind, 1)
-    if same_kind and content.get("format") == wanted:
+    readable = (1, wanted) if kind in EARLIER else (wanted,)
+    if same_kind and content.get("format") in readable:
         return
     if same_kind and kind == "resume":
         raise Refused(
@@ -374,6 +384,8 @@ def identity_of(cfg):
     """What config.json holds: all that a run's results depend on. Files stand there by name and
     content, not by place."""
     identity = {k: v for k, v in asdict(cfg).items() if k not in ("out", "resume", "device")}
+    if identity["data"] or identity["source"]:
+        identity["tokenizer"] = "crc32-nfc"  # another way to cut notes gives words other ids
     for key in ("data", "source"):
         path = identity[key]
         identity[key] = {"name": path.name, "sha256": sha256(path)} if path else None

@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
+from minilora import prepare
 
 # Names that a numeric modality cannot take: they mean something in files, graphs or missing tables.
 RESERVED = (
     "image", "images", "note", "notes", "present", "mask", "any", "both",
-    "logits", "probabilities", "labels",
+    "logits", "probabilities", "labels", "prepared",
 )  # fmt: skip
 FITS = ("squeeze", "crop", "pad")  # how an image becomes square, see `square`
 
@@ -175,7 +176,8 @@ class Study:
     {name: [N,F] float32}, NaN = missing; columns {name: F column names}; labels [N] int64 in [-1,C)
     or [N,C] in {-1,0,1} (several findings; -1 = unlabelled); patients [N] str or None; fixed_split
     [N] of 0 train, 1 val, 2 test, or None; attributes {name: [N] int64}: what a backbone can be
-    pretrained on, -1 = ignore; fit: how the images became square (see `square`).
+    pretrained on, -1 = ignore; fit: how the images became square (see `square`); prepared: what an
+    import did to it (see prepare.py), or {}.
     """
 
     name: str
@@ -191,6 +193,7 @@ class Study:
     synthetic: bool = False  # drawn, not measured
     synthetic_notes: bool = False  # real images, templated notes
     fit: str = "squeeze"
+    prepared: dict = field(default_factory=dict)
 
     def __len__(self):
         return len(self.labels)
@@ -293,13 +296,38 @@ def load_study(path, synthetic_notes=False, classes=None, training=True):
             synthetic=bool(np.any(arrays.get("synthetic", 0))),
             synthetic_notes=bool(np.any(arrays.get("synthetic_notes", 0))),
             fit=fit,
+            prepared=_record(arrays),
         )
+        study = without_placeholders(study)
         checked(study, need_every_sample=not synthetic_notes, training=training)
     except Refused as error:
         raise Refused(f"{path}: {error}") from None
     if study.images is not None:
         study.images = square(study.images, fit)
     return attach_notes(study) if synthetic_notes else study
+
+
+def _record(arrays):
+    """What an import did, of a study file: {} of one that was made otherwise."""
+    text = str(arrays.get("prepared", "{}"))
+    try:
+        record = json.loads(text)
+        prepare.check_record(record)
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"key 'prepared': {error}") from None
+    return record
+
+
+def without_placeholders(study):
+    """The study with '' in place of each note and patient that says nothing, such as `nan`: whoever
+    writes a table with numpy or pandas gets these words for a missing cell."""
+    more = study.prepared.get("na", ())
+    changed = {}
+    for name, values in _arrays(study, "notes", "patients").items():
+        if values.dtype.kind == "U" and values.ndim == 1:
+            empty = [prepare.says_nothing(value, more) for value in values]
+            changed[name] = np.where(empty, "", values)
+    return replace(study, **changed)
 
 
 def _join_medmnist(arrays):
@@ -396,6 +424,8 @@ def save_study(path, study):
             arrays[flag] = np.int64(1)
     if study.fit != "squeeze":
         arrays["fit"] = np.array(study.fit)
+    if study.prepared:
+        arrays["prepared"] = np.array(json.dumps(study.prepared, sort_keys=True))
     arrays |= _arrays(study, "images", "notes", "patients")
     for name, values in study.numeric.items():
         arrays[name] = values
@@ -704,6 +734,14 @@ def prepare_images(images, size, channels):
     """uint8 [N,H,W] or [N,H,W,3] -> float32 [N,channels,size,size] in [-1,1]; grey is repeated for
     3 channels."""
     return stack_images(images, size, channels).astype(np.float32) / 127.5 - 1
+
+
+def grey(picture):
+    """uint8 [H,W] of [H,W,3] by ITU-R 601 in Pillow's integers; whatever else it gets comes back as
+    it is."""
+    if picture.dtype != np.uint8 or picture.shape[2:] != (3,):
+        return picture
+    return ((picture @ np.array([19595, 38470, 7471]) + 2**15) >> 16).astype(np.uint8)
 
 
 def stack_images(images, size, channels):

@@ -124,7 +124,7 @@ def described(saved, files, precision):
         "channels": config["channels"],
         "buckets": config["buckets"],
         "positions": config["positions"],
-        "tokenizer": "wordpiece" if "vocabulary" in config else "crc32",
+        "tokenizer": "wordpiece" if "vocabulary" in config else saved.get("tokenizer", "crc32"),
         "ranks": branch_ranks(adapter["state"]),
         "numeric": numeric,
         "graphs": files,
@@ -134,6 +134,7 @@ def described(saved, files, precision):
         "synthetic": saved["synthetic"],
         "synthetic_notes": saved["synthetic_notes"],
         "fit": saved.get("fit", "squeeze"),
+        "prepared": saved.get("prepared", {}),
     }
 
 

@@ -15,11 +15,12 @@ from torch import nn
 from minilora import checkpoint, diffusion, selora
 from minilora.data import Refused, refusing, sha256
 from minilora.mora import adapter_parameters, attach
+from minilora.prepare import check_record
 from minilora.unet import Denoiser
 from minilora.vae import VAE
 from minilora.vit import ViT
 from minilora.wordpiece import WordPiece
-from minilora.words import tokenize
+from minilora.words import CUTS, tokenize
 
 HEAD = ("pooler.", "head.")  # what trains in every method, unless the head is locked
 RUN_SETTINGS = ("absent", "vocabulary")  # of a ViT's configuration, beside its arguments
@@ -193,6 +194,7 @@ def load_mora(run, method=None, seed=None):
     """(content of RUN/model.pt with the chosen adapter, rebuilt model)."""
     path = Path(run) / "model.pt"
     saved = checkpoint.load(path, "mora")
+    check_words(path, saved)
     file, adapter = chosen_adapter(run, saved, method, seed)
     if adapter["method"] == "mora-shuffled":
         raise Refused("mora-shuffled is a control that needs other samples' patterns; "
@@ -206,6 +208,15 @@ def load_mora(run, method=None, seed=None):
     model = build(saved["config"], saved["base"], adapter["method"], adapter["rank"], 0,
                   adapter["state"], places)
     return saved, model
+
+
+def check_words(path, saved):
+    """`Refused` unless a run says how its words became ids as this version knows it."""
+    tokenizer = saved.get("tokenizer", "crc32")
+    if tokenizer not in CUTS:
+        raise Refused(f"{path}: entry 'tokenizer' is '{tokenizer:.40}'; use {', '.join(CUTS)}")
+    with refusing(f"{path}: entry 'prepared'"):
+        check_record(saved.get("prepared", {}))
 
 
 def check_sizes(path, saved):
@@ -234,6 +245,7 @@ def load_selora(run, method=None, seed=None):
     """
     path = Path(run) / "model.pt"
     saved = checkpoint.load(path, "selora")
+    check_words(path, saved)
     file, adapter = chosen_adapter(run, saved, method, seed)
     if adapter["rule"] in ("unadapted", "full"):
         raise Refused(f"{run}: '{adapter['method']}' is a reference without an adapter; "

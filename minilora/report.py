@@ -10,6 +10,7 @@ import textwrap
 import numpy as np
 
 from minilora import data
+from minilora.words import coverage
 
 
 def pyplot():
@@ -42,13 +43,16 @@ def provenance(study):
 # ---- MoRA
 
 
-def describe(study, draws):
-    """What a run of train_mora.py works on, as lines; draws {seed: what `task.draw_task` gives}."""
+def describe(study, draws, config):
+    """What a run of train_mora.py works on, as lines; draws {seed: what `task.draw_task` gives};
+    config: the ViT's."""
     unlabelled = int((~study.labelled).sum())
     yield (
         f"{study.name}{provenance(study)}: {len(study)} samples ({unlabelled} unlabelled, left out); "
         f"{', '.join(study.modalities)}; classes {', '.join(study.class_names)}"
     )
+    if study.notes is not None and "vocabulary" not in config:
+        yield f"words: {coverage(study.notes, config['buckets'], config['positions'])}"
     for seed, draw in draws.items():
         yield f"seed {seed}: " + ", ".join(f"{k} {len(rows)}" for k, rows in draw["parts"].items())
         for text, present in draw["tables"].items():
@@ -252,12 +256,13 @@ def table_order(text):
 # ---- SeLoRA
 
 
-def describe_pairs(studies, drawable):
+def describe_pairs(studies, drawable, config):
     """What a run of train_selora.py works on, as lines; drawable: rows of the target that have
-    their image."""
+    their image; config: the denoiser's."""
     for role, study in studies.items():
         worded = int(study.have()[:, 1].sum())
         yield f"{role}: {study.name}{provenance(study)}, {len(study)} samples, {worded} with words"
+        yield f"  words: {coverage(study.notes, config['buckets'], config['positions'])}"
     missing = len(studies["target"]) - len(drawable)
     if missing:
         yield f"left out: {missing} samples of the target that lack their image"

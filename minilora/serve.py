@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from minilora import data, words
+from minilora import data, prepare, words
 from minilora.data import Refused
 from minilora.wordpiece import WordPiece
 
@@ -140,7 +140,9 @@ def entries(manifest):
     if "fit" in manifest:
         common["fit"] = data.FITS
     if "tokenizer" in manifest:
-        common["tokenizer"] = ("crc32", "wordpiece")
+        common["tokenizer"] = (*words.CUTS, "wordpiece")
+    if "prepared" in manifest:
+        common["prepared"] = is_record
     if "weights" in manifest:
         common["weights"] = partial(is_table, test=is_weight)
     if manifest.get("kind") == "mora":
@@ -191,6 +193,15 @@ def are_files(value):
 def is_origin(value):
     """Whether a value can say which study a model was trained on."""
     return isinstance(value, (str, dict))
+
+
+def is_record(value):
+    """Whether a value says what an import did."""
+    try:
+        prepare.check_record(value)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def is_weight(value):
@@ -329,7 +340,8 @@ def tokenizer(served):
     vocabulary."""
     m = served.manifest
     if m.get("tokenizer") != "wordpiece":
-        return partial(words.tokenize, buckets=m["buckets"], positions=m["positions"])
+        cut = words.CUTS[m.get("tokenizer", "crc32")]
+        return partial(words.tokenize, buckets=m["buckets"], positions=m["positions"], cut=cut)
     path = unchanged(served, VOCABULARY)
     with data.refusing(path):
         vocabulary = WordPiece(path.read_bytes().decode("utf-8"))
@@ -358,6 +370,7 @@ class Diagnoser:
         self.modalities = tuple(self.manifest["modalities"])
         self.classes = self.manifest["classes"]
         self.numeric = self.manifest["numeric"]
+        self.prepared = self.manifest.get("prepared", {})
         self.tokenizer = tokenizer(self)
         self.sessions = {}
         self.provider = self.session("mask").get_providers()[0]
@@ -488,7 +501,11 @@ class Diagnoser:
                 form += ", with NaN"
             raise Refused(f"{where} is {form}; need uint8 [H,W] or [H,W,3]")
         m = self.manifest
+        if self.prepared and not self.prepared["rgb"]:
+            value = data.grey(value)
         square = data.square(value[None], m.get("fit", "squeeze"))
+        if self.prepared:  # the import's resize comes before that of training
+            square = data.resize(square, self.prepared["size"])
         pixels = data.prepare_images(square, m["image_size"], m["channels"])[0]
         return pixels if value.any() else None
 
@@ -498,9 +515,9 @@ class Diagnoser:
             raise Refused(
                 f"{where} is {type(value).__name__}; need a string, or None if it is missing"
             )
-        if not value.strip():
+        if prepare.says_nothing(value, self.prepared.get("na", ())):
             return None
-        return self.tokenizer([value])[0]
+        return self.tokenizer([prepare.hidden(value, self.prepared)])[0]
 
     def row(self, name, value, where):
         """[F] standardised numbers of a row or {column: number}; None of one that is all NaN."""
@@ -513,8 +530,13 @@ class Diagnoser:
                     raise Refused(f"{where}: column '{key}' is not known; columns are {header}")
             value = [value.get(column) for column in columns]
         try:
+            value = list(value)
+            if len(value) == len(columns):
+                value = [self.number(name, *pair, where) for pair in zip(columns, value)]
             with np.errstate(over="ignore"):  # inf is refused below
-                value = np.array(list(value), np.float32)  # None becomes NaN
+                value = np.array(value, np.float32)  # None becomes NaN
+        except Refused:
+            raise
         except (TypeError, ValueError):
             raise Refused(f"{where} is not a row of numbers") from None
         if value.shape != (len(columns),) or np.isinf(value).any():
@@ -530,6 +552,23 @@ class Diagnoser:
                 "more than a million standard deviations from training's mean"
             )
         return None if np.isnan(standard).all() else standard
+
+
+    def number(self, name, column, value, where):
+        """The number, or None, that a value of a numeric column stands for: a number, None, or a
+        text as the import's table wrote it."""
+        na = self.prepared.get("na", ())
+        if isinstance(value, str):
+            if prepare.says_nothing(value, na):
+                return None
+            marks = self.prepared.get("numbers", {}).get(name, {}).get(column, {})
+            number = prepare.number(value, **marks)
+            if number is None:
+                raise Refused(f"{where}: {column} is '{value:.40}', which is no number")
+            return number
+        if value is not None and value in [prepare.number(text) for text in na]:
+            return None  # a sentinel
+        return value
 
 
 # -------------------------------------------------------------------------------------- synthesis
@@ -551,6 +590,7 @@ class Synthesizer:
     def __init__(self, folder, device="auto"):
         self.folder = Path(folder)
         self.manifest = read_manifest(folder, "selora")
+        self.tokenizer = tokenizer(self)
         self.adapters = tuple(self.manifest["adapters"])
         self.loaded = {}
         path = self.folder / self.manifest["graphs"]["sampler"]
@@ -611,7 +651,9 @@ class Synthesizer:
         if not isinstance(grain, bool):
             raise Refused(f"grain is {grain!r}; need True or False")
         timesteps = walk(steps, m["timesteps"])
-        ids = words.tokenize(notes, m["buckets"], m["positions"])  # [B,P]
+        prepared = m.get("prepared", {})
+        notes = [prepare.hidden(note, prepared) for note in notes]
+        ids = self.tokenizer(notes)  # [B,P]
         latents = (m["latent"], m["latent_size"], m["latent_size"])
         pixels = (m["channels"], m["image_size"], m["image_size"])
         images = []

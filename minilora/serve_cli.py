@@ -143,7 +143,7 @@ def add_columns(p, folder):
     flags = column_flags(columns, p._option_string_actions)
     for flag, (name, column) in flags.items():
         about = f"{name}: {column}".replace("%", "%%")
-        p.add_argument(f"--{flag}", type=float, dest=f"column {flag}", help=about)
+        p.add_argument(f"--{flag}", metavar="NUMBER", dest=f"column {flag}", help=about)
     return flags
 
 
@@ -203,11 +203,11 @@ def predict_one(diagnoser, args, columns):
     images = None
     if args.image:
         # Imported only here: most requests have no file to read.
-        from minilora.studies import grey, read_picture
+        from minilora.pictures import read_picture
 
         colour = diagnoser.manifest["channels"] == 3
         image = read_picture(args.image, colour)
-        images = [image if colour else grey(image)]
+        images = [image if colour else data.grey(image)]
     if args.synthesizer and not args.image and (args.note or "").strip():
         print(
             f"image: {args.draws} drawn from the words by {args.synthesizer}, "

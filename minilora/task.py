@@ -22,7 +22,7 @@ from minilora.models import without_head
 from minilora.pretrained import read_config, read_vilt, read_vocabulary
 from minilora.mora import METHODS, attach, gates
 from minilora.phantoms import phantoms
-from minilora.words import tokenize, word_id, words_of
+from minilora.words import buckets_for, positions_for, tokenize, word_id
 
 # ---- settings with a syntax of their own
 
@@ -52,8 +52,7 @@ def check(cfg):
         raise Refused(
             f"--augment '{cfg.augment}' must be SELORA_RUN:COUNT with a count of at least 1"
         )
-    if cfg.positions == 1:
-        raise Refused("--positions is 1; must be 0 or at least 2")
+    check_words(cfg)
     if cfg.base:
         default = type(cfg)()
         for key in OF_THE_BASE:
@@ -212,14 +211,29 @@ def image_size(cfg):
     return read_config(cfg.base)["image_size"]
 
 
+def check_words(cfg):
+    """`Refused` unless --buckets and --positions are 0 or large enough."""
+    if 0 < cfg.buckets < 16:
+        raise Refused(f"--buckets is {cfg.buckets}; must be 0 or at least 16")
+    if cfg.positions == 1:
+        raise Refused("--positions is 1; must be 0 or at least 2")
+
+
+def buckets(cfg, study):
+    """Hash buckets for words: as asked for, 2,048, or for a file what its words need."""
+    if cfg.buckets:
+        return cfg.buckets
+    if not cfg.data or study.notes is None:
+        return 2048
+    return buckets_for(study.notes)
+
+
 def vit_sizes(cfg, target, source):
     """The keyword arguments of the `ViT` that is pretrained: the source's columns, and a head that
     nobody uses."""
     positions = cfg.positions
     if not positions and "note" in target.modalities:
-        longest = max(len(words_of(note)) for study in (target, source) for note in study.notes)
-        # The next multiple of 4, so that studies of about the same length share a base.
-        positions = min(64, -(-(1 + longest) // 4) * 4)
+        positions = positions_for([*target.notes, *source.notes])
     colour = any(s.images is not None and s.images.ndim == 4 for s in (target, source))
     return dict(
         modalities=target.modalities,
@@ -253,6 +267,8 @@ def pretrained_base(cfg, study):
 
 def hash_of_base(cfg, study, source, config, identity):
     """A name for all that a base depends on. identity: what config.json of the run holds."""
+    if cfg.source:
+        config = config | {"tokenizer": "crc32-nfc"}  # ids of a file's words; phantoms' are as before
     if cfg.base:
         fixed = {"vilt": identity["base"], "image_size": cfg.image_size}
         fixed |= {"modalities": study.modalities}

@@ -39,7 +39,7 @@ def test_the_sizes_are_those_of_the_published_model_and_of_the_script():
     large = efficiency.config_of("base32")
     assert {ours: large[ours] for ours in THEIRS} == {ours: pretrained.SIZES[theirs] for ours, theirs in THEIRS.items()}
     assert large["positions"] == pretrained.SIZES["max_position_embeddings"] - 1 and large["image_token"] and large["eps"] == 1e-12
-    cfg = train_mora.Config(image_size=32)
+    cfg = train_mora.Config(image_size=32, buckets=2048)
     study = phantoms(500, 2, "target", 32).select(("image", "note"))
     default = make_vit(efficiency.config_of("default")).config
     wanted = vit_sizes(cfg, study, study) | {"classes": len(study.class_names), "modalities": [*study.modalities]}

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 LESSON = {"mora", "selora", "vit", "unet", "vae", "diffusion"}
-SHARED = {"words", "wordpiece", "metrics", "data", "phantoms"}
+SHARED = {"words", "wordpiece", "prepare", "metrics", "data", "phantoms"}
 # What each file may import of the package, beside what those files may import themselves.
 ALLOWED = {
     "__init__": set(),
@@ -16,7 +16,8 @@ ALLOWED = {
     "words": set(),
     "wordpiece": set(),
     "metrics": set(),
-    "data": set(),
+    "prepare": {"words"},
+    "data": {"prepare"},
     "phantoms": {"data"},
     "processes": {"data"},
     "checkpoint": {"processes", "data"},
@@ -32,12 +33,14 @@ ALLOWED = {
     "graphs": {"models", "serve"},
     "export_mora": {"graphs", *SHARED},
     "export_selora": {"graphs", *SHARED},
-    "studies": SHARED,
+    "pictures": SHARED,
+    "tables": SHARED,
+    "studies": {"pictures", "tables", *SHARED},
     "serve": SHARED,
-    "serve_cli": {"serve", "studies"},
+    "serve_cli": {"serve", "pictures"},
     "interchange": {"selora"},
 }
-NO_TORCH = {*SHARED, "studies", "serve", "serve_cli"}
+NO_TORCH = {*SHARED, "pictures", "tables", "studies", "serve", "serve_cli"}
 SCRIPTS = {"train_mora", "train_selora", "export"}
 FILES = {path.stem: path for path in [*(ROOT / "minilora").glob("*.py"), *(ROOT / f"{name}.py" for name in SCRIPTS)]}
 

@@ -16,6 +16,7 @@ from minilora import data, phantoms, serve, studies
 from minilora.data import Refused
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is in the pictures extra")
+pytest.importorskip("pandas", reason="pandas is in the studies extra")
 
 
 def drawing(high=40, wide=60):
@@ -197,11 +198,11 @@ def test_what_is_missing_is_counted_and_left_out_of_the_images(folder, capsys):
     assert "left out   1 rows that repeat" in said
     assert "12 read, 30x50 to 60x40 pixels; missing: 2 cells empty, 1 files not there (gone.png), 2 not readable" in said
     assert "broken.png: not a readable picture" in said and "flat.png: one grey level throughout" in said
-    assert "cells are not numbers and count as missing (temperature '37,5' in line 2" in said
+    assert "numbers    temperature '37,5' is 37.5; --decimal says otherwise" in said and s.numeric["vitals"][0] == np.float32(37.5)
     assert s.modalities == ("image", "note", "vitals", "labs") and len(s) == 19 and not s.numeric["vitals"].ravel()[0] == 0
     have = s.have()
-    assert have[:12, 0].all() and not have[12:16, 0].any() and have[16:18, 0].all() and not have[16:, 1].any() and not have[:, 2].any() and have[:, 3].all()
-    assert "labels     sick 11, well 7; 1 unlabelled" in said and "patients   11; 1 samples name none" in said
+    assert have[:12, 0].all() and not have[12:16, 0].any() and have[16:18, 0].all() and not have[16:, 1].any() and have[::4, 2].all() and have[:, 2].sum() == 5 and have[:, 3].all()
+    assert "labels     sick 11, well 7; 1 unlabelled" in said and "patients   11, largest group 2 samples; 1 samples name none" in said
     bare = convert(tmp_path, out="bare.npz")
     assert len(bare) == 18 and "left out   1 rows without a picture, words or numbers, in lines (20)" in capsys.readouterr().out
     s.images[12:14] = 0
@@ -288,7 +289,7 @@ def test_bad_spreadsheets_are_refused_in_one_line(folder, refused):
     assert "none of 12 pictures is readable; the first: " in said(rows, "--images", tmp_path / "nowhere")
     assert "label column 'label' is '0.5' in line 3; labels are class names or whole numbers" in said([[r[0], r[1], i / 2, ""] for i, r in enumerate(rows)])
     assert "has 1 classes (sick); need two or more" in said([[*r[:2], "sick", ""] for r in rows])
-    assert "is 'maybe' in line 2; a finding is 0, 1 or empty" in said([[r[0], "maybe", 1, ""] for r in rows], "--label-column", "note,label")
+    assert "is 'maybe' in line 2; a finding is 0, 1, -1 (uncertain) or empty" in said([[r[0], "maybe", 1, ""] for r in rows], "--label-column", "note,label")
     many = [["", f"note {i}", f"kind {i}", ""] for i in range(60)]
     assert "has 60 different values in 60 rows; is it one?" in said(many)
     assert "column 'note' stands there twice" in said(rows, header=("image", "note", "note", "label"))
@@ -353,7 +354,8 @@ def test_subfolders_links_and_whole_paths_inside_the_folder_stay(folder, capsys)
     write_csv(tmp_path, [[cell, *row[1:]] for cell, row in zip(odd + cells[5:], rows)])
     capsys.readouterr()
     convert(tmp_path, "--images", str(pictures), out="odd.npz")
-    assert "5 files not there" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 files not there" in said and "missing    image: ... 1" in said
 
 
 @pytest.mark.pictures
