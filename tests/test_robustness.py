@@ -644,7 +644,7 @@ def test_every_column_has_a_flag_of_its_own(numeric, flags, monkeypatch, capsys,
     line = [word for i, flag in enumerate(flags) for word in (f"--{flag}", str(-i))]
     args, columns = serve_cli.command_line(["predict", str(tmp_path), *line])
     assert columns == dict(zip(flags, [(name, column) for name, group in numeric.items() for column in group]))
-    assert [getattr(args, f"column {flag}") for flag in columns] == [-float(i) for i in range(len(flags))]
+    assert [getattr(args, f"column {flag}") for flag in columns] == [str(-i) for i in range(len(flags))]
     with pytest.raises(SystemExit):
         serve_cli.command_line(["predict", str(tmp_path), "--help"])
     words = " ".join(capsys.readouterr().out.split())

@@ -287,11 +287,12 @@ def selora_case(cfg, count, device, dtype=torch.float32):
     one, is drawn too: behind zeros no layer has a gradient. All is drawn on the CPU, so that it is
     the same on every device."""
     config = train_selora.check(cfg)
+    config |= {"buckets": cfg.buckets or 2048, "positions": cfg.positions or 16}
     torch.manual_seed(0)
     model = Denoiser(**config)
     torch.nn.init.normal_(model.unet.last.weight, std=0.1)
     z = torch.randn(count, config["latent"], config["size"], config["size"], dtype=dtype)
-    ids = torch.randint(3, cfg.buckets, (count, cfg.positions))  # [N,P]
+    ids = torch.randint(3, config["buckets"], (count, config["positions"]))  # [N,P]
     alphas = diffusion.alphas_cumprod(noisier=cfg.noisier, device=device)
     pairs = train_selora.Pairs(z.to(device), ids.to(device), alphas)
     return model.to(device, dtype), pairs
