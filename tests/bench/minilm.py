@@ -248,6 +248,7 @@ def trained_rows(cfg, missing, words):
     AUROC is best at another rate."""
     out = cfg.out / f"{words}-{missing.replace(':', '-')}"
     given = {"data": cfg.data, "missing": missing, "seeds": cfg.seeds, "steps": cfg.steps, "device": "cpu"}
+    given |= {"buckets": 2048, "positions": 64}
     arguments = [str(part) for key, value in given.items() for part in (f"--{key}", value)] + ["--resume"]
     train_mora.main([*arguments, "--out", str(out), "--methods", *METHODS])
     runs = checkpoint.read_json(out / "metrics.json")["methods"]
