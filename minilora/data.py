@@ -25,7 +25,7 @@ from minilora import prepare
 # Names that a numeric modality cannot take: they mean something in files, graphs or missing tables.
 RESERVED = (
     "image", "images", "note", "notes", "present", "mask", "any", "both",
-    "logits", "probabilities", "labels", "prepared",
+    "logits", "probabilities", "labels", "prepared", "report",
 )  # fmt: skip
 FITS = ("squeeze", "crop", "pad")  # how an image becomes square, see `square`
 
@@ -194,6 +194,7 @@ class Study:
     synthetic_notes: bool = False  # real images, templated notes
     fit: str = "squeeze"
     prepared: dict = field(default_factory=dict)
+    report: tuple = ()  # what an import said, in lines; it stays in the study file
 
     def __len__(self):
         return len(self.labels)
@@ -297,6 +298,7 @@ def load_study(path, synthetic_notes=False, classes=None, training=True):
             synthetic_notes=bool(np.any(arrays.get("synthetic_notes", 0))),
             fit=fit,
             prepared=_record(arrays),
+            report=tuple(map(str, arrays.get("report", np.empty(0, str)).ravel())),
         )
         study = without_placeholders(study)
         checked(study, need_every_sample=not synthetic_notes, training=training)
@@ -426,6 +428,8 @@ def save_study(path, study):
         arrays["fit"] = np.array(study.fit)
     if study.prepared:
         arrays["prepared"] = np.array(json.dumps(study.prepared, sort_keys=True))
+    if study.report:
+        arrays["report"] = np.array(study.report)
     arrays |= _arrays(study, "images", "notes", "patients")
     for name, values in study.numeric.items():
         arrays[name] = values

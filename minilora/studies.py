@@ -239,6 +239,7 @@ def from_csv(args):
     if repeats:
         report.append(f"left out   {repeats} rows that repeat an earlier one in every cell")
     study, lines = from_table(distinct, columns, args)
+    study.report = tuple(report + lines)
     return study, report + lines
 
 
@@ -536,6 +537,8 @@ def inspect(args):
     """Say what a study file holds, and draw its sheet if it has images."""
     study = data.load_study(args.file, training=False)
     print(args.file, *describe(study), sep="\n")
+    if study.report:
+        print("the import said:", *study.report, sep="\n")
     if study.images is not None:
         sheet = args.out or args.file.with_suffix(".png")
         draw_sheet(study, sheet)
