@@ -90,6 +90,15 @@ def test_hidden_words_are_hidden_from_a_served_model(imported, capsys):
     assert all(f"{name:20s} {value:.3f}" in said for name, value in zip(served.classes, p))
 
 
+def test_inspect_shows_what_the_import_said(imported, capsys):
+    study = data.load_study(imported[0] / "s.npz")
+    assert any(line.startswith("missing    note: not available 5") for line in study.report)
+    studies.main(["inspect", str(imported[0] / "s.npz")])
+    said = capsys.readouterr().out
+    assert "the import said:" in said and all(line in said for line in study.report)
+    assert b"not available" not in (imported[0] / "r/onnx/manifest.json").read_bytes()
+
+
 def test_no_patient_s_data_in_an_exported_folder(imported):
     """Masked words and spellings are there; notes, patients and pictures are not."""
     folder, rows = imported
