@@ -328,6 +328,8 @@ def without_placeholders(study):
     for name, values in _arrays(study, "notes", "patients").items():
         if values.dtype.kind == "U" and values.ndim == 1:
             empty = [prepare.says_nothing(value, more) for value in values]
+            if name == "notes":  # what was hidden stays so
+                empty = [not prepare.read_note(value, {"na": more}) for value in values]
             changed[name] = np.where(empty, "", values)
     return replace(study, **changed)
 
@@ -661,13 +663,14 @@ def _groups(study):
 
     keys = []  # (index, what is shared): a patient is a str, an image bytes
     if study.patients is not None:
-        keys += enumerate(map(str, study.patients))
+        names = map(prepare.same_name, study.patients)
+        keys += [(i, name) for i, name in enumerate(names) if not prepare.says_nothing(name)]
     if study.images is not None:
         keys += enumerate(image.tobytes() if image.any() else "" for image in study.images)
     first = {}
     for i, key in keys:
         # An unknown patient is nobody's sibling, and a missing image nobody's twin.
-        if key not in ("", "nan"):
+        if key:
             a = root(first.setdefault(key, i))
             b = root(i)
             parent[max(a, b)] = min(a, b)

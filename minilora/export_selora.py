@@ -344,7 +344,7 @@ def add_adapter(folder, name, saved, model, vae):
     not there.
     """
     alphas = diffusion.alphas_cumprod(noisier=saved["noisier"])
-    manifest = swap_manifest(folder, name, saved["base_hash"])
+    manifest = swap_manifest(folder, name, saved)
     file = f"{name}.onnx_adapter"
     with new_folder(folder) as work:
         if manifest is None:
@@ -385,10 +385,11 @@ def add_adapter(folder, name, saved, model, vae):
     return folder
 
 
-def swap_manifest(folder, name, base):
-    """The manifest of a hot-swap folder that can take an adapter of this name for a base, or None
-    if there is no folder yet; `Refused` if it cannot.
+def swap_manifest(folder, name, saved):
+    """The manifest of a hot-swap folder that can take an adapter of this name of a saved run, or
+    None if there is no folder yet; `Refused` if it cannot.
     """
+    base = saved["base_hash"]
     if not re.fullmatch(r"[\w.+-]+", name) or name in (".", "..", "base"):
         raise Refused(f"adapter name '{name}' must be of letters, digits and _.+-, and not 'base'; "
                       "use --name")
@@ -400,6 +401,11 @@ def swap_manifest(folder, name, base):
     if manifest["base"] != base:
         raise Refused(f"{folder}: holds base {manifest['base']}; "
                       f"the run's adapter is for base {base}")
+    words = {"prepared": saved.get("prepared", {}), "tokenizer": saved.get("tokenizer", "crc32")}
+    for key, value in words.items():
+        if manifest.get(key, {} if key == "prepared" else "crc32") != value:
+            raise Refused(f"{folder}: its adapters were trained on notes that were prepared "
+                          f"otherwise ('{key}' differs); give this run a folder of its own")
     if name in manifest["adapters"]:
         raise Refused(f"{folder}: has an adapter '{name}' already; name this one with --name")
     return manifest

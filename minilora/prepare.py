@@ -12,12 +12,12 @@ Skip this file when you read for a method.
 import re
 import unicodedata
 
-from minilora.words import MASK, normal_form
+from minilora.words import MASK, is_east_asian, normal_form, words_of
 
 # What a cell, a note or a name may hold instead of nothing, in any case of letters.
 MISSING = frozenset({
-    "", "na", "n/a", "n.a.", "nan", "nat", "null", "nil", "none", "<na>", "#n/a", "#na", "unknown",
-    "unk", "not available", "not applicable", "not known", "missing", "-", "--", "---", "?", "??",
+    "", "na", "n/a", "n.a.", "n.a", "nan", "nat", "null", "nil", "none", "<na>", "#n/a", "#na", "unknown",
+    "unk", "\\n", "not available", "not applicable", "not known", "missing", "-", "--", "---", "?", "??",
     ".", "..", "...", "_", "#div/0!", "#value!", "#ref!", "#name?", "#num!", "#null!",
 })  # fmt: skip
 MASKINGS = ("mark", "delete")
@@ -27,8 +27,37 @@ NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 def says_nothing(text, more=()):
     """Whether a text is one of the spellings of missing, or of `more`."""
-    text = str(text).strip().casefold()
-    return text in MISSING or text in [spelling.casefold() for spelling in more]
+    text = plain(text)
+    bare = text.strip("()[]<>.") or text  # (unknown), n/a.
+    return text in MISSING or bare in MISSING or text in map(plain, more)
+
+
+def plain(text):
+    """A text as spellings are compared: in normal form, every dash a -, white space as one space."""
+    text = normal_form(unicodedata.normalize("NFKC", str(text)))
+    text = "".join("-" if is_dash(character) else character for character in text)
+    return " ".join(text.split())
+
+
+def is_dash(character):
+    """Whether a character is a dash or a minus sign."""
+    return unicodedata.category(character) == "Pd" or character == "\u2212"
+
+
+def read_note(text, record):
+    """A note as a model reads it after the import of a record: hidden words are hidden; '' if it
+    says nothing then, or holds no word at all."""
+    na = record.get("na", ())
+    if says_nothing(text, na):
+        return ""
+    text = hidden(text, record)
+    return "" if says_nothing(text, na) or not words_of(text) else text
+
+
+def same_name(text):
+    """What the names of one patient have in common: case, form of Unicode, `7` and `7.0`."""
+    text = plain(text)
+    return re.sub(r"^([0-9]+)\.0+$", r"\1", text)
 
 
 def number(text, decimal=".", thousands=""):
@@ -60,19 +89,23 @@ def mask(note, words, how="mark"):
     places = []  # of each character of it, the place in the note
     for place, character in enumerate(note):
         for part in normal_form(character):
-            folded.append(part)
+            part = "-" if is_dash(part) else part
+            folded.append(" " if part.isspace() else part)
             places.append(place)
     text = "".join(folded)
+    phrases = [re.split(r"[ -]+", plain(word)) for word in words]
+    pattern = "|".join(r"[ -]+".join(map(re.escape, phrase)) for phrase in phrases)
     kept = []
     end = 0  # of what was looked at, in the note
     stop = 0  # the same in the text
-    for found in re.finditer("|".join(re.escape(normal_form(word)) for word in words), text):
+    for found in re.finditer(pattern, text):
         start = found.start()
         inside = start and text[start - 1] != "-" and in_word(text[start - 1])
+        inside = inside and not is_east_asian(text[start])
         if inside or start < stop:
             continue
         stop = found.end()
-        while stop < len(text) and in_word(text[stop]):
+        while stop < len(text) and in_word(text[stop]) and not is_east_asian(text[stop - 1]):
             stop += 1
         kept.append(note[end : places[start]])
         kept.append(MASK if how == "mark" else "")
@@ -87,8 +120,10 @@ def hidden(note, record):
 
 
 def in_word(character):
-    """Whether a character goes on with a word: a letter, a digit, a mark on one, - or _."""
-    return character in "-_" or unicodedata.category(character)[0] in "LNM"
+    """Whether a character goes on with a word: a letter, a digit, a mark on one, - or _. An
+    ideograph is a word of its own."""
+    letter = character in "-_" or unicodedata.category(character)[0] in "LNM"
+    return letter and not is_east_asian(character)
 
 
 def check_record(record):
@@ -111,6 +146,9 @@ def check_record(record):
     for text in (*record["na"], *record["mask_words"]):
         if not isinstance(text, str) or not text:
             raise ValueError(f"{text!r:.40} is no word")
+    for text in record["mask_words"]:
+        if not words_of(text):
+            raise ValueError(f"mask word {text!r:.40} holds no letter and no digit")
     for columns in record["numbers"].values():
         marks = columns.values() if isinstance(columns, dict) else [None]
         for mark in marks:

@@ -506,8 +506,10 @@ class Diagnoser:
         square = data.square(value[None], m.get("fit", "squeeze"))
         if self.prepared:  # the import's resize comes before that of training
             square = data.resize(square, self.prepared["size"])
+            if value.min() == value.max():
+                return None  # one grey level throughout: missing to the import
         pixels = data.prepare_images(square, m["image_size"], m["channels"])[0]
-        return pixels if value.any() else None
+        return pixels if square.any() else None
 
     def note(self, value, where):
         """Word ids [P] of a text; None of one without a word."""
@@ -515,9 +517,8 @@ class Diagnoser:
             raise Refused(
                 f"{where} is {type(value).__name__}; need a string, or None if it is missing"
             )
-        if prepare.says_nothing(value, self.prepared.get("na", ())):
-            return None
-        return self.tokenizer([prepare.hidden(value, self.prepared)])[0]
+        text = prepare.read_note(value, self.prepared)
+        return self.tokenizer([text])[0] if text else None
 
     def row(self, name, value, where):
         """[F] standardised numbers of a row or {column: number}; None of one that is all NaN."""
@@ -565,7 +566,7 @@ class Diagnoser:
             number = prepare.number(value, **marks)
             if number is None:
                 raise Refused(f"{where}: {column} is '{value:.40}', which is no number")
-            return number
+            value = number
         if value is not None and value in [prepare.number(text) for text in na]:
             return None  # a sentinel
         return value

@@ -83,11 +83,8 @@ def from_table(table, columns, args):
         images, lines = _read_images(table, columns["image"], na, args)
         report += lines
     if columns["note"]:
-        notes = np.array(table.column(columns["note"], na))
-        if words:
-            composed = [unicodedata.normalize("NFC", note) for note in notes]
-            notes = np.array([prepare.mask(note, words, args.mask) for note in notes])
-            report.append(f"masked     words in {(notes != composed).sum()} notes")
+        notes, lines = _read_notes(table.column(columns["note"], na), na, words, args.mask)
+        report += lines
     numeric, formats, lines = _read_numeric(table, columns["numeric"], na, args.decimal)
     report += lines
     labels, class_names, lines = tables.read_labels(table, columns["labels"], na, args.uncertain,
@@ -148,6 +145,19 @@ def _missing_lines(table, columns, na):
         if spellings:
             lines.append(f"missing    {name}: {', '.join(spellings)}")
     return lines
+
+
+def _read_notes(cells, na, words, mask):
+    """(str [N], report lines) of the cells of notes, with the words hidden; '' is missing."""
+    for word in words:
+        if not words_of(word):
+            raise Refused(f"--mask-words {word!r}: holds no letter and no digit")
+    record = {"na": na, "mask_words": words, "mask": mask}
+    notes = np.array([prepare.read_note(cell, record) for cell in cells])
+    if not words:
+        return notes, []
+    composed = [unicodedata.normalize("NFC", cell) for cell in cells]
+    return notes, [f"masked     words in {(notes != composed).sum()} notes"]
 
 
 def _read_images(table, column, na, args):
@@ -271,12 +281,13 @@ def leaks(study):
     are of its own class."""
     if study.notes is None:
         return []
+    notes = [f" {' '.join(words_of(note))} " for note in study.notes]
     mentions = {}  # {class name: words}
     for i, name in enumerate(study.class_names):
         if not re.search(r"[^\W\d]", name) or re.fullmatch(r"class \d+", name):
             continue  # no word that a note could say
-        pattern = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.I)
-        mentioned = np.array([bool(pattern.search(note)) for note in study.notes])  # [N]
+        words = f" {' '.join(words_of(name))} "
+        mentioned = np.array([words in note for note in notes])  # [N]
         if mentioned.any():
             own = mentioned & _members(study, i)
             mentions[name] = (f"'{name[:40]}' in {mentioned.sum()} notes "

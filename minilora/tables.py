@@ -127,6 +127,10 @@ def read_table(path, encoding=""):
     while not header[-1]:  # a line may end in delimiters
         header.pop()
     full[first] = False
+    again = [str(i) for i in np.flatnonzero(full) if cells.iloc[i, : len(header)].tolist() == header]
+    if again:
+        raise Refused(f"{path}: its header stands there again, {len(again)} times: tables that were "
+                      "joined? remove these lines")
     lengths = np.array(lengths)[full]
     if not delimiter:
         lengths = np.maximum(lengths, len(header))
@@ -165,21 +169,27 @@ def _is_workbook(path, content):
 def _read_workbook(path, pandas):
     """(text cells, how they were read, positions of columns with decimals) of the first sheet."""
     try:
-        with pandas.ExcelFile(path, engine="openpyxl") as book:
-            sheets = book.sheet_names
-            values = pandas.read_excel(book, header=None, dtype=object, na_filter=False)
+        whole = {"read_only": False}  # else which cells are merged is not read
+        with pandas.ExcelFile(path, engine="openpyxl", engine_kwargs=whole) as book:
+            sheets = [s for s in book.book.worksheets if s.sheet_state == "visible"]
+            merged = [str(cells) for cells in sheets[0].merged_cells.ranges]
+            values = pandas.read_excel(book, sheet_name=sheets[0].title, header=None, dtype=object,
+                                       na_filter=False)
     except ImportError:
         raise Refused(f"{path}: reading it needs openpyxl: "
                       "pip install 'minilora[studies]'") from None
     except Exception as error:  # the libraries raise many types for a damaged file
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise Refused(f"{path}: not a readable workbook ({reason})") from None
+    if merged:
+        raise Refused(f"{path}: cells {merged[0]} are merged in sheet '{sheets[0].title}': part "
+                      "them, and write the value into each")
     exact = set()
     for i in values:  # % of #N/A, a NaN, is not above 0
         if any(isinstance(value, float) and value % 1 > 0 for value in values[i]):
             exact.add(i)
     values.index += 1
-    origin = f"sheet '{sheets[0]}'"
+    origin = f"sheet '{sheets[0].title}'"
     if len(sheets) > 1:
         origin += f", the first of {len(sheets)}"
     return values.map(_shown).astype(str), origin, exact
@@ -208,6 +218,9 @@ def _decode(path, content, encoding):
             raise Refused(f"{path}: byte {error.start} is not {encoding}") from None
         codec = "windows-1252"
         text = content.decode(codec, "replace")
+        if "\ufffd" in text:  # bytes that this encoding does not have
+            raise Refused(f"{path}: is neither UTF-8 nor Windows-1252; name its --encoding, for "
+                          "example shift-jis, gb18030 or windows-1251") from None
     except LookupError:
         raise Refused(f"{path}: encoding '{encoding}' is not known; try utf-8, windows-1252 or "
                       "shift-jis") from None
@@ -327,9 +340,9 @@ def _best_formats(cells, decimal):
 def _decimal_mark(cells, decimals, delimiter):
     """The decimal mark of a column that does not show it, such as one of 9.100 and 850.
 
-    Beside whole numbers below 1000, groups of three digits are thousands if one ends in 0: who
-    drops decimals would write 9.1. Else the other columns decide, if they agree (decimals: their
-    marks); else the reading that brings groups and whole numbers closer together. Without whole
+    The other columns decide, if they agree (decimals: their marks). Else, beside whole numbers below
+    1000, groups of three digits are thousands if one ends in 0: who drops decimals would write 9.1.
+    Else the reading that brings groups and whole numbers closer together. Without whole
     numbers, a comma in a comma-separated file parts thousands, and a point decimals."""
     groups = [cell for cell in cells if GROUP.fullmatch(cell)]
     plain = [abs(int(cell)) for cell in cells if re.fullmatch(r"[+-]?0*[1-9]\d*", cell)]
@@ -337,10 +350,10 @@ def _decimal_mark(cells, decimals, delimiter):
     other = "." if mark == "," else ","
     if groups and plain and max(plain) >= 1000:  # written without a mark
         return mark
-    if groups and plain and any(cell.endswith("0") for cell in groups):
-        return other
     if len(decimals) == 1:
         return min(decimals)
+    if groups and plain and any(cell.endswith("0") for cell in groups):
+        return other
     if not groups:
         return "."
     thousands = mark == "," and delimiter in (",", "")
@@ -425,7 +438,10 @@ def _read_classes(table, name, cells, blanks, rules):
             if cell and numbers[cell] % 1:
                 raise Refused(f"{column} is '{cell}' in line {line}; labels are class names or "
                               "whole numbers, not measurements")
-        cells = [str(int(numbers[cell])) if cell else "" for cell in cells]
+        # Codes of 18 digits are more than a float can tell apart.
+        whole = {cell: int(cell) if re.fullmatch(r"[+-]?\d+", cell) else int(numbers[cell])
+                 for cell in numbers}
+        cells = [str(whole[cell]) if cell else "" for cell in cells]
     if {*cells} <= {"", "0", "1", "-1"}:
         findings, report = _read_findings(table, {name: cells}, {name: blanks}, rules)
         cells = ["" if value < 0 else str(value) for value in findings[:, 0]]

@@ -26,6 +26,11 @@ def normal_form(text):
     return unicodedata.normalize("NFC", text)
 
 
+def is_east_asian(character):
+    """Whether a character is an ideograph or kana."""
+    return any(first <= ord(character) <= last for first, last in EAST_ASIAN)
+
+
 class Letters(dict):
     """Code point -> what a word has of it, worked out when a character is first met, for
     `str.translate`: letters, digits and the marks that belong to them; a space for the rest."""
@@ -33,7 +38,7 @@ class Letters(dict):
     def __missing__(self, point):
         character = chr(point)
         text = " "
-        if any(first <= point <= last for first, last in EAST_ASIAN):
+        if is_east_asian(character):
             text = f" {character} "
         elif 0xFE00 <= point <= 0xFE0F:  # says how the character before it is drawn
             text = ""

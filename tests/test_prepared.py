@@ -9,7 +9,7 @@ import pytest
 import export
 import train_mora
 import train_selora
-from minilora import data, serve, serve_cli, studies
+from minilora import checkpoint, data, serve, serve_cli, studies
 from minilora.data import Refused
 from minilora.phantoms import phantoms
 from minilora.prepare import check_record, mask, number, says_nothing
@@ -17,6 +17,9 @@ from minilora.words import buckets_for, coverage, earlier_words_of, normal_form,
 
 TINY = ["--seeds", "1", "--steps", "6", "--width", "16", "--depth", "1", "--heads", "2", "--batch", "8", "--device", "cpu", "--lr", "0.01",
         "--pretrain-steps", "4", "--phantoms", "120", "--methods", "mora"]
+
+DRAW = ["--data", "s.npz", "--seeds", "1", "--steps", "4", "--every", "2", "--pretrain-steps", "3", "--vae-steps", "3", "--phantoms", "120", "--width", "8", "--text-width", "8",
+        "--heads", "2", "--batch", "4", "--device", "cpu", "--vae-width", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +112,47 @@ def test_no_patient_s_data_in_an_exported_folder(imported):
         assert row["patient"] == "unknown" or f'"{row["patient"]}"'.encode() not in content
 
 
+def test_what_the_import_calls_missing_is_missing_when_served(imported):
+    """Sentinels as text, notes of which nothing is left, pictures of one grey level, or black once they are small."""
+    served = serve.Diagnoser(imported[0] / "r/onnx", "cpu")
+    for value in ("-999", "-999,0", -999, -999.0, "-9,99e2"):
+        assert served.row("labs", [value], "") is None, value
+    white, corner = np.full((90, 90), 255, np.uint8), np.zeros((2000, 2000), np.uint8)
+    corner[0, 0] = 1
+    assert served.image(white, "") is None and served.image(corner, "") is None and served.image(corner[:8, :8], "") is not None
+    served.prepared = served.prepared | {"mask": "delete"}
+    assert all(served.note(text, "") is None for text in ("covid19", "covid unknown", "...!", "covid -")) and served.note("covid fever", "") is not None
+
+
+def test_runs_that_prepared_notes_otherwise_share_no_hot_swap_folder(imported, monkeypatch, capsys):
+    monkeypatch.chdir(imported[0])
+    train_selora.main([*DRAW, "--out", "a"])
+    export.main(["selora", "a", "--hot-swap", "hot"])
+    saved = checkpoint.load("a/model.pt")
+    for change in ({"prepared": saved["prepared"] | {"mask_words": ["fever"]}}, {"tokenizer": "crc32"}):
+        checkpoint.save(imported[0] / "b/model.pt", saved | change)
+        with pytest.raises(SystemExit):
+            export.main(["selora", "b", "--hot-swap", "hot"])
+        assert f"prepared otherwise ('{[*change][0]}' differs)" in capsys.readouterr().err
+
+
+def test_a_patient_written_two_ways_is_one(tmp_path):
+    study = phantoms(40, 0).select(("image", "note"))
+    study.patients = np.array([*(f"{i}" for i in range(20)), *(f"{i}.0" for i in range(18)), "P7\u200b", "p7"])
+    assert len(np.unique(data._groups(study))) == 21
+
+
+@pytest.mark.parametrize("name,note", [("pneumonia", "pneu\u00admonia seen"), ("fibrosis", "ﬁbrosis"), ("pleural effusion", "Pleural  effusion"), ("癌", "确诊肺癌")])
+def test_class_names_are_found_in_any_form(name, note):
+    study = phantoms(40, 0).select(("note",))
+    study.class_names = [name, *(f"c{i}" for i in range(1, len(study.class_names)))]
+    study.notes = np.array([note if label == 0 else "nothing" for label in study.labels])
+    assert any(name in line for line in studies.leaks(study))
+
+
 def test_selora_hides_words_too(imported, monkeypatch):
     monkeypatch.chdir(imported[0])
-    train_selora.main(["--data", "s.npz", "--out", "d", "--seeds", "1", "--steps", "4", "--every", "2", "--pretrain-steps", "3", "--vae-steps", "3", "--phantoms", "120",
-                       "--width", "8", "--text-width", "8", "--heads", "2", "--batch", "4", "--device", "cpu", "--vae-width", "4"])
+    train_selora.main([*DRAW, "--out", "d"])
     export.main(["selora", "d"])
     s = serve.Synthesizer("d/onnx", "cpu")
     assert s.manifest["prepared"]["mask_words"] == ["covid", "pneumonie"] and s.manifest["tokenizer"] == "crc32-nfc"
@@ -142,6 +182,8 @@ RECORD = {"size": 48, "fit": "pad", "rgb": False, "na": [], "mask_words": [], "m
 def test_a_record_that_no_import_writes_is_refused(tmp_path, change):
     check_record(RECORD)
     with pytest.raises(ValueError):
+        check_record(RECORD | {"mask_words": ["\u00ad"]})
+    with pytest.raises(ValueError):
         check_record(RECORD | change)
     study = phantoms(20, 0).select(("image", "note"))
     study.prepared = RECORD | change
@@ -162,7 +204,8 @@ def test_words_in_any_script_and_form(note, wanted):
 
 MASKS = [("COVID-19, Covid19 and noncovid", "covid", "[MASK], [MASK] and noncovid"), ("me\u0301ningite aiguë", "méningite", "[MASK] aiguë"), ("méningite", "me\u0301ningite", "[MASK]"),
          ("बुखार और खांसी", "बुखार", "[MASK] और खांसी"), ("pneu\u00admonia x", "pneumonia", "[MASK] x"), ("Straße", "STRASSE", "[MASK]"), ("ﬁbrosis", "fibrosis", "[MASK]"),
-         ("ground glass opacity", "ground glass", "[MASK] opacity"), ("x covid", "covid", "x [MASK]"), ("a.c abc", "a.c", "[MASK] abc")]
+         ("lung  mass, lung-mass, lung\u00a0mass", "lung mass", "[MASK], [MASK], [MASK]"), ("COVID\u201319 seen", "covid", "[MASK] seen"), ("SARS\u2011CoV\u20112", "sars-cov-2", "[MASK]"),
+         ("确诊新冠肺炎患者", "新冠", "确诊[MASK]肺炎患者"), ("コロナ陽性", "コロナ", "[MASK]陽性"), ("ground glass opacity", "ground glass", "[MASK] opacity"), ("x covid", "covid", "x [MASK]"), ("a.c abc", "a.c", "[MASK] abc")]
 
 
 @pytest.mark.parametrize("note,word,wanted", MASKS)
@@ -178,7 +221,8 @@ def test_numbers_by_the_marks_of_their_column(text, marks, wanted):
     assert number(text, *marks) == wanted
 
 
-@pytest.mark.parametrize("text", ["", " ", "NaN", "None", "<NA>", "#N/A", "NaT", "unknown", "Not Available", "-", "?", ".", "N/A", "null"])
+@pytest.mark.parametrize("text", ["", " ", "NaN", "None", "<NA>", "#N/A", "NaT", "unknown", "Not Available", "-", "?", ".", "N/A", "null", "\u2013", "\u2212", "(unknown)", "n/a.", "N.A.", "Not  available",
+                                  "\uff2e\uff0f\uff21", "\u200b", "\\N"])
 def test_spellings_of_missing_are_missing_everywhere(imported, text):
     assert says_nothing(text)
     served = serve.Diagnoser(imported[0] / "r/onnx", "cpu")

@@ -441,3 +441,44 @@ def test_what_the_import_did_is_in_the_study(tmp_path):
 def test_the_extra_names_every_library_that_is_used():
     text = Path(ROOT / "pyproject.toml").read_text()
     assert 'studies = ["pandas' in text and "openpyxl" in text.split("studies = ")[1].split("\n")[0]
+
+
+def imported_lines(tmp_path, refused, name, write, *flags):
+    write(tmp_path / name)
+    return refused(studies.main, "from-csv", name, *flags)
+
+
+def test_tables_that_cannot_be_right_are_refused(tmp_path, refused):
+    """Merged cells, a header that stands there again, an encoding that is neither of the two that are guessed."""
+    openpyxl = pytest.importorskip("openpyxl")
+
+    def merged(path):
+        book = openpyxl.Workbook()
+        for row in (("label", "age", "patient"), *(("ab"[i % 2], 20 + i, f"p{i}") for i in range(20))):
+            book.active.append(row)
+        book.active.merge_cells("C2:C5")
+        book.save(path)
+
+    assert "cells C2:C5 are merged in sheet 'Sheet'" in imported_lines(tmp_path, refused, "m.xlsx", merged, "--numeric", "age")
+    part = "label,age\n" + "".join(f"{'ab'[i % 2]},{20 + i}\n" for i in range(20))
+    said = imported_lines(tmp_path, refused, "j.csv", lambda p: p.write_text(part + part), "--numeric", "age")
+    assert "its header stands there again, 1 times" in said
+    text = "label,age\n" + "".join(f"{'左右'[i % 2]},{20 + i}\n" for i in range(20))
+    assert "name its --encoding" in imported_lines(tmp_path, refused, "s.csv", lambda p: p.write_bytes(text.encode("shift-jis")), "--numeric", "age")
+
+
+def test_codes_of_18_digits_are_classes_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    codes = ["900000000000207008", "900000000000207009", "22298006"]
+    (tmp_path / "c.csv").write_text("label,age\n" + "".join(f"{codes[i % 3]},{20 + i}\n" for i in range(30)))
+    studies.main(["from-csv", "c.csv", "--numeric", "age", "--out", "c.npz"])
+    study = data.load_study(tmp_path / "c.npz")
+    assert sorted(study.class_names) == sorted(codes) and np.bincount(study.labels).tolist() == [10] * 3
+
+
+def test_the_mark_of_the_file_decides_before_the_look_of_a_column(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [("7.350", "36.5"), ("7.400", "37.1"), ("7", "36.6"), ("7.380", "38.2")] * 6
+    (tmp_path / "p.csv").write_text("label,ph,t\n" + "".join(f"{'ab'[i % 2]},{p},{t}\n" for i, (p, t) in enumerate(rows)))
+    studies.main(["from-csv", "p.csv", "--numeric", "ph,t", "--out", "p.npz"])
+    assert data.load_study(tmp_path / "p.npz").numeric["tabular"][:, 0].max() < 8
