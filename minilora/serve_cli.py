@@ -245,6 +245,10 @@ def predict_file(diagnoser, args):
     manifest = diagnoser.manifest
     study = data.load_study(args.data, args.synthetic_notes, diagnoser.classes, training=False)
     names = shared_modalities(study, diagnoser, args.data)
+    pictures = [(p.get("size"), p.get("fit")) for p in (study.prepared, diagnoser.prepared)]
+    if "image" in names and all(pictures[0]) and pictures[0] != pictures[1]:
+        print(f"{args.data}: pictures were made {pictures[0][0]} pixels by {pictures[0][1]}; the "
+              f"model was trained on {pictures[1][0]} by {pictures[1][1]}: import them alike")
     if study.labelled.any() and study.multilabel != manifest["multilabel"]:
         raise Refused(f"{args.data}: labels {list(study.labels.shape)} are not of the model's kind")
     if not args.split:

@@ -296,7 +296,7 @@ def number_formats(table, names, na=(), decimal=""):
     columns = {name: table.column(name, na) for name in names}
     readings = {}  # {column: formats that read the most of its cells}
     for name, cells in columns.items():
-        mark = decimal or ("." if name in table.exact else "")
+        mark = "." if name in table.exact else decimal  # a workbook's own numbers leave no doubt
         readings[name] = _best_formats({*cells}, mark)
     decimals = set()  # of the columns that leave no doubt
     for name, formats in readings.items():
@@ -380,20 +380,23 @@ def read_numbers(table, names, formats, na=()):
 
 
 def sentinels(values):
-    """[(number, count)] of the codes (9, 99, -999, ..., -1) among values [N] that are repeated and
-    far from all others: by more than these spread, or below 0 where these are not."""
+    """[(number, count)] of the values [N] that are repeated and far from nearly all others: codes (9,
+    99, -999, ..., -1) by more than these spread, or below 0 where these are not; any other number
+    by five times that."""
     values = values[~np.isnan(values)]
     numbers, counts = np.unique(values, return_counts=True)
-    texts = [f"{value:.7g}".replace(".", "") for value in numbers]
+    texts = [f"{value:.9g}".replace(".", "") for value in numbers]
     codes = np.array([bool(CODE.fullmatch(text)) for text in texts], bool)
-    codes &= counts >= max(3, len(values) / 100)
-    others = numbers[~codes]
-    if not codes.any() or not others.size:
+    repeated = counts >= max(3, len(values) / 100)
+    others = values[~np.isin(values, numbers[codes & repeated])]
+    if not repeated.any() or not others.size:
         return []
-    spread = others.max() - others.min()
-    far = (numbers < others.min() - spread) | (numbers > others.max() + spread)
-    far |= (numbers < 0) & (others.min() >= 0)
-    return [(float(numbers[i]), int(counts[i])) for i in np.flatnonzero(codes & far)]
+    low, high = np.quantile(others, [0.1, 0.9])
+    spread = 1.5 * ((high - low) or 3 * others.std() or 1)
+    away = np.maximum(low - numbers, numbers - high) / spread
+    far = codes & ((away > 1.5) | ((numbers < 0) & (low >= 0)))
+    far |= away > 8
+    return [(float(numbers[i]), int(counts[i])) for i in np.flatnonzero(repeated & far)]
 
 
 # ------------------------------------------------------------------------------------------ labels

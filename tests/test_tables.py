@@ -482,3 +482,14 @@ def test_the_mark_of_the_file_decides_before_the_look_of_a_column(tmp_path, monk
     (tmp_path / "p.csv").write_text("label,ph,t\n" + "".join(f"{'ab'[i % 2]},{p},{t}\n" for i, (p, t) in enumerate(rows)))
     studies.main(["from-csv", "p.csv", "--numeric", "ph,t", "--out", "p.npz"])
     assert data.load_study(tmp_path / "p.npz").numeric["tabular"][:, 0].max() < 8
+
+
+AGES = np.random.default_rng(0).integers(20, 80, 100).astype(float)
+
+
+@pytest.mark.parametrize("values,found", [
+    (np.r_[[999.0] * 6, 9999, AGES], [(999, 6)]), (np.r_[[-999.0] * 6, -2000, np.random.default_rng(1).normal(0, 50, 90)], [(-999, 6)]), (np.r_[[0.0] * 6, 36 + AGES / 80], [(0, 6)]),
+    (np.r_[[99999999.0] * 5, AGES], [(99999999, 5)]), (np.r_[[-9.0] * 5, AGES], [(-9, 5)]), (AGES, []), (np.random.default_rng(2).exponential(10, 200).round(), []),
+    (np.r_[np.zeros(190), [5.0] * 3, [40.0]], []), (np.arange(50.0), []), (AGES % 2, [])])
+def test_codes_among_numbers_are_named(values, found):
+    assert tables.sentinels(values) == found
