@@ -19,15 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+if __name__ == "__main__":
+    # A thread per core reads pictures; threads of numpy's own in each would wait for one another.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import numpy as np
 
 from minilora import data, prepare, tables
 from minilora.data import Refused
-from minilora.pictures import find_picture, outside, read_pictures
-from minilora.pictures import read_picture as read_picture  # for those who import it from here
+from minilora.pictures import find_picture, outside, read_picture, read_pictures  # noqa: F401
 from minilora.tables import some
 from minilora.words import buckets_for, coverage, positions_for, words_of
-
 
 DECIMALS = {"auto": "", "point": ".", "comma": ","}
 
@@ -445,12 +447,11 @@ def _largest(groups):
 
 
 def _describe_notes(notes):
-    """A line on lengths, and one on the words' ids."""
+    """A line on lengths, and one on the ids that training gives words by default."""
     lengths = [len(words_of(note)) for note in notes if note.strip()]
     middle = int(np.median(lengths or [0]))
     yield (f"notes      {len(lengths)}, of {middle} words (longest {max(lengths, default=0)})"
            + _if_any("; {} missing", len(notes) - len(lengths)))
-    # With the sizes that the training scripts take for a file.
     yield f"words      {coverage(notes, buckets_for(notes), positions_for(notes))}"
 
 
