@@ -195,6 +195,7 @@ class Study:
     fit: str = "squeeze"
     prepared: dict = field(default_factory=dict)
     report: tuple = ()  # what an import said, in lines; it stays in the study file
+    rows: np.ndarray | None = None  # of each sample in its file, where some were left out
 
     def __len__(self):
         return len(self.labels)
@@ -252,7 +253,7 @@ class Study:
 
     def take(self, rows):
         """The study of the given rows (indices or a bool mask), in that order."""
-        arrays = _arrays(self, "labels", "images", "notes", "patients", "fixed_split")
+        arrays = _arrays(self, "labels", "images", "notes", "patients", "fixed_split", "rows")
         fields = {name: array[rows] for name, array in arrays.items()}
         for name in ("numeric", "attributes"):
             fields[name] = {key: array[rows] for key, array in getattr(self, name).items()}
@@ -300,7 +301,10 @@ def load_study(path, synthetic_notes=False, classes=None, training=True):
             prepared=_record(arrays),
             report=tuple(map(str, arrays.get("report", np.empty(0, str)).ravel())),
         )
+        checked(study, need_every_sample=False, training=False)
         study = without_placeholders(study)
+        if not synthetic_notes:
+            study = with_content(study)
         checked(study, need_every_sample=not synthetic_notes, training=training)
     except Refused as error:
         raise Refused(f"{path}: {error}") from None
@@ -332,6 +336,18 @@ def without_placeholders(study):
                 empty = [not prepare.read_note(value, {"na": more}) for value in values]
             changed[name] = np.where(empty, "", values)
     return replace(study, **changed)
+
+
+def with_content(study):
+    """The samples that have anything, an image, a note or a number; how many have nothing is
+    printed."""
+    has = study.have().any(1)  # [N]
+    if has.all() or not has.any():
+        return study
+    empty = np.flatnonzero(~has)
+    some = ", ".join(map(str, empty[:3])) + (", ..." if len(empty) > 3 else "")
+    print(f"{study.name}: {len(empty)} samples have nothing and are left out (rows {some})")
+    return replace(study.take(has), rows=np.flatnonzero(has))
 
 
 def _join_medmnist(arrays):

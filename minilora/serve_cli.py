@@ -429,7 +429,7 @@ def write_table(path, diagnoser, study, rows, patterns, probabilities):
         predicted = p >= 0.5 if diagnoser.manifest["multilabel"] else p == p.max()
         table.writerow(
             [
-                row,
+                row if study.rows is None else study.rows[row],
                 pattern,
                 "|".join(compress(classes, true)),
                 "|".join(compress(classes, predicted)),

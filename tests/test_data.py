@@ -246,7 +246,7 @@ BAD = {
     "lengths differ: labels 40, images 39": {"images": np.zeros((39, 8, 8), np.uint8)}, "labels are float64": {"labels": np.zeros(40)},
     "labels are -2": {"labels": np.arange(40) % 2 - 2}, "labels are 0..2.* 2 classes": {"labels": np.arange(40) % 3, "class_names": np.array(["a", "b"])},
     "one class only": {"labels": np.zeros(40, int)}, "finding 'class 1' never varies": {"labels": np.stack([np.arange(40) % 2, np.zeros(40, int)], 1)},
-    "sample 1 has nothing present": {"images": None, "lab": None, "lab_names": None}, "'lab' is float32": {"lab_names": np.array(["age"])},
+    "'lab' is float32": {"lab_names": np.array(["age"])},
     "'lab' is infinite in row 0": {"lab": np.full((40, 2), np.inf, np.float32)}, "notes are int64": {"notes": np.arange(40)},
     "'any' cannot be a modality's name": {"any": np.zeros((40, 1), np.float32), "any_names": np.array(["x"])},
     "'a b' cannot be": {"a b": np.zeros((40, 1), np.float32), "a b_names": np.array(["x"])},
@@ -285,3 +285,19 @@ def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         data.write_atomic(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_samples_with_nothing_are_left_out_and_counted(tmp_path, capsys):
+    """One black picture does not refuse a file; what is left keeps its rows in it."""
+    whole = phantoms(30, 0).select(("image",))
+    whole.images[[4, 9, 20, 21]] = 0
+    data.save_study(tmp_path / "s.npz", whole)
+    read = data.load_study(tmp_path / "s.npz")
+    kept = np.setdiff1d(np.arange(30), [4, 9, 20, 21])
+    assert "s: 4 samples have nothing and are left out (rows 4, 9, 20, ...)" in capsys.readouterr().out
+    assert (read.rows == kept).all() and (read.images == whole.images[kept]).all() and (read.labels == whole.labels[kept]).all()
+    assert (read.take(np.array([5, 0])).rows == kept[[5, 0]]).all()
+    whole.images[:] = 0
+    data.save_study(tmp_path / "none.npz", whole)
+    with pytest.raises(Refused, match="sample 0 has nothing present in image"):
+        data.load_study(tmp_path / "none.npz")

@@ -240,3 +240,14 @@ def test_ids_and_positions_that_words_need():
     assert buckets_for(notes) == 8192 and buckets_for(["a b"]) == 2048 and buckets_for([f"w{i}" for i in range(10**4)]) == 65536
     said = coverage(notes, 16, 2)
     assert said == "501 distinct on 16 ids, 501 share one; 500 of 1,000 are cut at 2 positions"
+
+
+def test_a_table_of_predictions_names_the_rows_of_its_file(imported, monkeypatch):
+    monkeypatch.chdir(imported[0])
+    study = phantoms(12, 3).select(("image", "note"))
+    study.images[5], study.notes[5] = 0, "unknown"
+    study.labels[:] = -1  # a file to predict on
+    data.save_study(imported[0] / "holes.npz", study)
+    serve_cli.main(["predict", "r/onnx", "--data", "holes.npz", "--out", "holes.csv"])
+    rows = [line.split(",")[0] for line in (imported[0] / "holes.csv").read_text().splitlines()[1:]]
+    assert rows == [str(i) for i in range(12) if i != 5]
