@@ -31,6 +31,7 @@ from minilora.task import numeric_scales, on
 from minilora.task import pretrained_base, read_source, read_target, split_arrays, vit_sizes
 from minilora.task import work_ahead
 from minilora.vit import ViT
+from minilora.words import TOKENIZER
 
 # Every method's learning rate comes from here: one shared rate would favour some of them.
 LR_GRID = (3e-3, 1e-2, 3e-2)
@@ -372,7 +373,7 @@ def finish(cfg, ctx, source, readers, identity, kept, results, picked):
         "synthetic_notes": study.synthetic_notes,
         "fit": study.fit,
         "prepared": study.prepared,
-        "tokenizer": "crc32-nfc",
+        "tokenizer": TOKENIZER,
     }
     checkpoint.save(cfg.out / "model.pt", content)
     ranks = {m: [r["branches"] for r in runs] for m, runs in results.items()}

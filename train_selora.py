@@ -37,7 +37,7 @@ from minilora.task import buckets, check_words, finished_rule, latents, read_stu
 from minilora.task import reconstruction_error
 from minilora.unet import Denoiser
 from minilora.vae import VAE, augment, vae_loss
-from minilora.words import positions_for, tokenize
+from minilora.words import TOKENIZER, positions_for, tokenize
 
 SAVE_EVERY = 100  # steps
 LOG_EVERY = 20  # steps
@@ -477,7 +477,7 @@ def prepare(cfg, config, studies, device, stop):
     channels = 3 if any(study.images.ndim == 4 for study in studies.values()) else 1
     fixed = [3, data.fingerprint(source), channels]
     if cfg.source:
-        fixed += ["crc32-nfc"]  # ids of a file's words; those of phantoms are as before
+        fixed += [TOKENIZER]  # ids of a file's words; those of phantoms are as before
     fixed += [cfg.image_size, cfg.latent, cfg.factor, cfg.vae_width, cfg.vae_steps]
     heldout = data.split(source, 0)["test"]  # the base is judged by images that it has not seen
     train = np.setdiff1d(np.arange(len(source)), heldout)
@@ -597,7 +597,7 @@ def finish(cfg, ctx, identity, results, on_source):
         "synthetic": target.synthetic,
         "synthetic_notes": target.synthetic_notes,
         "prepared": target.prepared,
-        "tokenizer": "crc32-nfc",
+        "tokenizer": TOKENIZER,
     }
     checkpoint.save(cfg.out / "model.pt", content)
     judges = {seed: judge.described(judging) for seed, judging in ctx.judges.items()}

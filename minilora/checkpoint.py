@@ -19,6 +19,7 @@ import torch
 
 from minilora.data import Refused, sha256, write_atomic
 from minilora.processes import first, leader, wait
+from minilora.words import TOKENIZER
 
 FORMATS = {"resume": 2, "mora": 2, "selora": 2}  # every other kind of checkpoint is of format 1
 # Kinds of which format 1 is read too, and the entries that it lacks: notes were cut otherwise then.
@@ -385,7 +386,7 @@ def identity_of(cfg):
     content, not by place."""
     identity = {k: v for k, v in asdict(cfg).items() if k not in ("out", "resume", "device")}
     if identity["data"] or identity["source"]:
-        identity["tokenizer"] = "crc32-nfc"  # another way to cut notes gives words other ids
+        identity["tokenizer"] = TOKENIZER  # another way to cut notes gives words other ids
     for key in ("data", "source"):
         path = identity[key]
         identity[key] = {"name": path.name, "sha256": sha256(path)} if path else None

@@ -73,8 +73,8 @@ def _complain(message):
 
 
 def write_atomic(path, content):
-    """Write bytes, a buffer or str so that `path` holds either its old content or all of the new, also after
-    a power cut."""
+    """Write bytes, a buffer or str so that `path` holds either its old content or all of the new,
+    also after a power cut."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # in the same folder: os.replace is atomic only within a file system
@@ -331,9 +331,10 @@ def without_placeholders(study):
     changed = {}
     for name, values in _arrays(study, "notes", "patients").items():
         if values.dtype.kind == "U" and values.ndim == 1:
-            empty = [prepare.says_nothing(value, more) for value in values]
             if name == "notes":  # what was hidden stays so
                 empty = [not prepare.read_note(value, {"na": more}) for value in values]
+            else:
+                empty = [prepare.says_nothing(value, more) for value in values]
             changed[name] = np.where(empty, "", values)
     return replace(study, **changed)
 

@@ -194,7 +194,7 @@ def load_mora(run, method=None, seed=None):
     """(content of RUN/model.pt with the chosen adapter, rebuilt model)."""
     path = Path(run) / "model.pt"
     saved = checkpoint.load(path, "mora")
-    check_words(path, saved)
+    check_tokenizer(path, saved)
     file, adapter = chosen_adapter(run, saved, method, seed)
     if adapter["method"] == "mora-shuffled":
         raise Refused("mora-shuffled is a control that needs other samples' patterns; "
@@ -210,7 +210,7 @@ def load_mora(run, method=None, seed=None):
     return saved, model
 
 
-def check_words(path, saved):
+def check_tokenizer(path, saved):
     """`Refused` unless a run says how its words became ids as this version knows it."""
     tokenizer = saved.get("tokenizer", "crc32")
     if tokenizer not in CUTS:
@@ -245,7 +245,7 @@ def load_selora(run, method=None, seed=None):
     """
     path = Path(run) / "model.pt"
     saved = checkpoint.load(path, "selora")
-    check_words(path, saved)
+    check_tokenizer(path, saved)
     file, adapter = chosen_adapter(run, saved, method, seed)
     if adapter["rule"] in ("unadapted", "full"):
         raise Refused(f"{run}: '{adapter['method']}' is a reference without an adapter; "

@@ -50,8 +50,10 @@ def read_note(text, record):
     na = record.get("na", ())
     if says_nothing(text, na):
         return ""
-    text = hidden(text, record)
-    return "" if says_nothing(text, na) or not words_of(text) else text
+    left = hidden(text, record)
+    if not words_of(left) or (left != text and says_nothing(left, na)):
+        return ""
+    return left
 
 
 def same_name(text):

@@ -20,7 +20,7 @@ from minilora.data import Refused
 from minilora.prepare import number, says_nothing
 from minilora.words import normal_form
 
-# And their names. Of two that stand equally often in a header, the first is the rarer in its words.
+# And what the report says of each. Of two that stand equally often in a header, the first is the rarer in its words.
 DELIMITERS = {"\t": ", tabs", ";": ", semicolons", ",": "", "|": ", bars"}
 OTHERS = {
     ".xls", ".xlsb", ".ods", ".numbers", ".json", ".jsonl", ".parquet", ".feather", ".arrow",
@@ -313,17 +313,10 @@ def number_formats(table, names, na=(), decimal=""):
             choices = [marks for marks in choices if marks[0] == mark]
         formats[name] = choices[0]
         examples = [cell for cell in cells if re.search(r"[^\d+-]", cell)]
-        examples = [cell for cell in examples if _value(cell, *choices[0]) is not None]
+        examples = [cell for cell in examples if number(cell, *choices[0]) is not None]
         if examples and (doubt or choices[0] != (".", "")):
-            report.append(f"{name} '{examples[0]}' is {_value(examples[0], *choices[0]):.10g}")
+            report.append(f"{name} '{examples[0]}' is {number(examples[0], *choices[0]):.10g}")
     return formats, report
-
-
-def _value(cell, decimal, thousands):
-    """The number in a cell, None if there is none; no group of thousands starts with 0."""
-    if thousands and re.match(rf"[+-]?0\d*{re.escape(thousands)}", cell):
-        return None
-    return number(cell, decimal, thousands)
 
 
 def _best_formats(cells, decimal):
@@ -333,7 +326,7 @@ def _best_formats(cells, decimal):
     for point, group in FORMATS:
         if (decimal and point != decimal) or (group and group not in marks):
             continue
-        counts[point, group] = sum(_value(cell, point, group) is not None for cell in cells)
+        counts[point, group] = sum(number(cell, point, group) is not None for cell in cells)
     return [marks for marks, count in counts.items() if count == max(counts.values())]
 
 
@@ -371,7 +364,7 @@ def read_numbers(table, names, formats, na=()):
     lines = table.lines
     for i, name in enumerate(names):
         for row, cell in enumerate(table.column(name, na)):
-            value = _value(cell, *formats[name])
+            value = number(cell, *formats[name])
             if value is not None and value not in dropped:
                 values[row, i] = value
             elif cell and value is None:
@@ -380,9 +373,9 @@ def read_numbers(table, names, formats, na=()):
 
 
 def sentinels(values):
-    """[(number, count)] of the values [N] that are repeated and far from nearly all others: codes (9,
-    99, -999, ..., -1) by more than these spread, or below 0 where these are not; any other number
-    by five times that."""
+    """[(number, count)] of the values [N] that are repeated and far from the middle 80% of the others:
+    codes (9, 99, -999, ..., -1) by 2.25 times the range of these, or below 0 where these are not;
+    any other number by 12 times that range."""
     values = values[~np.isnan(values)]
     numbers, counts = np.unique(values, return_counts=True)
     texts = [f"{value:.9g}".replace(".", "") for value in numbers]
@@ -392,10 +385,10 @@ def sentinels(values):
     if not repeated.any() or not others.size:
         return []
     low, high = np.quantile(others, [0.1, 0.9])
-    spread = 1.5 * ((high - low) or 3 * others.std() or 1)
+    spread = (high - low) or 3 * others.std() or 1
     away = np.maximum(low - numbers, numbers - high) / spread
-    far = codes & ((away > 1.5) | ((numbers < 0) & (low >= 0)))
-    far |= away > 8
+    far = codes & ((away > 2.25) | ((numbers < 0) & (low >= 0)))
+    far |= away > 12
     return [(float(numbers[i]), int(counts[i])) for i in np.flatnonzero(repeated & far)]
 
 

@@ -22,7 +22,7 @@ from minilora.models import without_head
 from minilora.pretrained import read_config, read_vilt, read_vocabulary
 from minilora.mora import METHODS, attach, gates
 from minilora.phantoms import phantoms
-from minilora.words import buckets_for, positions_for, tokenize, word_id
+from minilora.words import TOKENIZER, buckets_for, positions_for, tokenize, word_id
 
 # ---- settings with a syntax of their own
 
@@ -268,7 +268,7 @@ def pretrained_base(cfg, study):
 def hash_of_base(cfg, study, source, config, identity):
     """A name for all that a base depends on. identity: what config.json of the run holds."""
     if cfg.source:
-        config = config | {"tokenizer": "crc32-nfc"}  # ids of a file's words; phantoms' are as before
+        config = config | {"tokenizer": TOKENIZER}  # ids of a file's words; phantoms' are as before
     if cfg.base:
         fixed = {"vilt": identity["base"], "image_size": cfg.image_size}
         fixed |= {"modalities": study.modalities}

@@ -67,7 +67,8 @@ def earlier_words_of(note):
 
 
 # What a manifest calls a way to cut notes, and the function.
-CUTS = {"crc32": earlier_words_of, "crc32-nfc": words_of}
+TOKENIZER = "crc32-nfc"  # that of this version
+CUTS = {"crc32": earlier_words_of, TOKENIZER: words_of}
 
 
 def word_id(word, buckets):

@@ -19,7 +19,7 @@ import export
 import train_mora
 import train_selora
 from minilora import checkpoint, data, diffusion, export_selora, report, selora, serve, serve_cli
-from minilora.graphs import check_whole
+from minilora.graphs import check_whole, graphs_in
 from minilora.models import put_words
 from minilora.phantoms import phantoms
 from minilora.task import batch_at, draw_task, load_task
@@ -152,18 +152,9 @@ def test_walk_is_the_timesteps_of_training():
         assert (serve.walk(steps, 1000) == diffusion.timesteps(steps).numpy()).all()
 
 
-def graphs(graph):
-    """A graph and the bodies of its loops."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from graphs(attribute.g)
-
-
 def nodes(path):
     """{op: count} of a model, the bodies of loops included."""
-    return Counter(node.op_type for graph in graphs(onnx.load(path, load_external_data=False).graph) for node in graph.node)
+    return Counter(node.op_type for graph in graphs_in(onnx.load(path, load_external_data=False).graph) for node in graph.node)
 
 
 def weight_bytes(folder):
