@@ -385,6 +385,7 @@ def identity_of(cfg):
     """What config.json holds: all that a run's results depend on. Files stand there by name and
     content, not by place."""
     identity = {k: v for k, v in asdict(cfg).items() if k not in ("out", "resume", "device")}
+    identity["splits"] = 2  # 1: each seed had validation rows of its own
     if identity["data"] or identity["source"]:
         identity["tokenizer"] = TOKENIZER  # another way to cut notes gives words other ids
     for key in ("data", "source"):

@@ -615,6 +615,9 @@ def split(study, seed, share=1.0):
     unlabelled samples are left out. `share`: how much of the training split is used; a smaller
     share is part of a larger one.
 
+    The validation rows are the same for every seed: what picks anything at one seed tests nothing
+    at another.
+
     A group is what shares a patient or an identical image, transitively. MedMNIST's own split is
     kept as it is.
     """
@@ -644,16 +647,25 @@ def _assign_groups(study, rows, seed):
     counts = np.zeros((len(group), weights.shape[1]))  # [groups, C + 1]
     np.add.at(counts, member, weights)
 
+    part = np.ones(len(group), int)
+    others = _fill(counts, (0.9, 0.1), np.random.default_rng(13)) == 0  # all but validation
+    part[others] = 2 * _fill(counts[others], (8 / 9, 1 / 9), np.random.default_rng((seed, 13)))
+    return part[member]
+
+
+def _fill(counts, shares, rng):
+    """[groups] which of two parts each group goes to, so that each part gets its share of every
+    column of `counts` [groups,C + 1]."""
     # Large groups first, while there is room everywhere; equal ones in random order.
-    order = np.random.default_rng((seed, 13)).permutation(len(group))
+    order = rng.permutation(len(counts))
     order = order[np.argsort(-counts[order, -1], kind="stable")]
-    goal = np.outer([0.8, 0.1, 0.1], counts.sum(0)) + 1e-9  # [3, C + 1]
+    goal = np.outer(shares, counts.sum(0)) + 1e-9  # [2, C + 1]
     content = np.zeros_like(goal)
-    part = np.zeros(len(group), int)
+    part = np.zeros(len(counts), int)
     for g in order:  # greedy: to the part that lacks the most of what this group brings
         part[g] = ((goal - content) / goal @ counts[g]).argmax()
         content[part[g]] += counts[g]
-    return part[member]
+    return part
 
 
 def none_empty(study, parts):

@@ -1,7 +1,10 @@
-"""Scores, in numpy: macro-F1, AUROC, accuracy, Frechet distance.
+"""Scores, in numpy: macro-F1, AUROC, accuracy, Frechet distance; and what paired scores of several
+seeds can show.
 
 Skip it when you read for a method. Letters: N samples, C classes or findings, D features.
 """
+
+import math
 
 import numpy as np
 
@@ -91,3 +94,77 @@ def frechet(a, b):
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
     apart = ((a.mean(0) - b.mean(0)) ** 2).sum()
     return float(max(0.0, apart + np.trace(cov_a) + np.trace(cov_b) - 2 * cross))
+
+
+# ---- comparisons
+
+
+def paired(ours, theirs):
+    """What paired scores [n] of n seeds can show of their differences, ours minus theirs.
+
+    {'n', 'mean', 'low', 'high': 95% interval of the mean by Student's t, 'wins': how many are above
+    0, 'p': of the exact two-sided sign test, which leaves ties out}. The interval is NaN for one
+    seed. The t interval takes seeds for independent; they share samples, so it is somewhat narrow.
+    """
+    difference = np.asarray(ours, float) - np.asarray(theirs, float)
+    n = len(difference)
+    mean = difference.mean()
+    half = math.nan
+    if n > 1:
+        half = student(n - 1) * difference.std(ddof=1) / math.sqrt(n)
+    wins = int((difference > 0).sum())
+    losses = int((difference < 0).sum())
+    return {
+        "n": n,
+        "mean": float(mean),
+        "low": float(mean - half),
+        "high": float(mean + half),
+        "wins": wins,
+        "p": sign_test(wins, losses),
+    }
+
+
+def sign_test(wins, losses):
+    """Two-sided p of so many wins and losses, if either were as likely."""
+    n = wins + losses
+    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+def student(df):
+    """The 97.5% quantile of Student's t with df degrees of freedom, from its density's integral."""
+    x = np.linspace(0, 13, 130_001)  # the largest, of df 1, is 12.7
+    density = (1 + x**2 / df) ** (-(df + 1) / 2)
+    factor = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - math.log(df * math.pi) / 2
+    density *= math.exp(factor)
+    area = np.cumsum(density[1:] + density[:-1]) / 2 * 1e-4
+    return float(x[1:][np.searchsorted(area, 0.475)])
+
+
+def verdict(ours, theirs, names, unit="", less=False, digits=3):
+    """A sentence on paired scores [n] of two methods, `names`: "beats" needs a sign test below .05,
+    else it is no difference that so many seeds can show. less: lower scores are better."""
+    result = paired(ours, theirs)
+    one, other = names
+    n = result["n"]
+    mean = f"{result['mean']:+.{digits}f}{unit}"
+    if math.isnan(result["mean"]):
+        return f"{one} against {other}: a seed has no score, so there is no comparison."
+    if n == 1:
+        return f"One seed, an illustration and no evidence: {one} minus {other} is {mean}."
+    interval = f"95% interval {result['low']:+.{digits}f} to {result['high']:+.{digits}f}"
+    wins = f"above on {result['wins']} of {n} seeds, p = {result['p']:.2g}"
+    numbers = f"mean {mean}, {interval}, {wins}"
+    if result["p"] < 0.05:
+        better = (result["wins"] * 2 > n) != less
+        return f"{one} {'beats' if better else 'is beaten by'} {other}: {numbers}."
+    return f"No difference that {n} seeds can show between {one} and {other}: {numbers}."
+
+
+def spread(values, digits=3):
+    """'mean ± sample standard deviation' of scores over seeds, without the latter for one seed; '-'
+    where a score is NaN."""
+    if np.isnan(values).any():
+        return "-"
+    text = f"{np.mean(values):.{digits}f}"
+    return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
