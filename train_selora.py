@@ -8,7 +8,7 @@ Fisher information.
 The lesson is `adapt`: zero_grad, forward, loss, backward, Fisher, grow, step, around
 `minilora/selora.py`. The base is `minilora/vae.py` and `minilora/unet.py`, trained here once on the
 source domain. What surrounds it stands in `minilora/loop.py` (going on after a stop, log,
-progress), `ranks.py` (rules and budgets), `judge.py` and `report.py`.
+progress), `ranks.py` (rules and budgets), `judge.py` and `report_selora.py`.
 
 Letters: B batch, N samples, L latent channels, s latent size, P word positions.
 """
@@ -24,14 +24,14 @@ import numpy as np
 import torch
 import tyro
 
-from minilora import checkpoint, data, diffusion, judge, ranks, report, samples, selora
+from minilora import checkpoint, data, diffusion, judge, ranks, report_selora, samples, selora
 from minilora.cli import Bounds, Natural, Positive, Share, guarded
 from minilora.data import refusing
 from minilora.loop import Log, Loop, rows_at, warm_cosine
 from minilora.models import changed_words, load_judge, put_words
 from minilora.processes import average, leader, own_part, pick_device, wait, world
 from minilora.ranks import ranks_of
-from minilora.report import REFERENCES
+from minilora.report_selora import REFERENCES
 from minilora.samples import judge_of, pixels, set_grain
 from minilora.task import buckets, check_words, finished_rule, latents, read_studies
 from minilora.task import reconstruction_error
@@ -533,7 +533,7 @@ def run(cfg, stop):
     cfg = replace(cfg, buckets=buckets(cfg, target), positions=positions)
     config |= {"buckets": cfg.buckets, "positions": cfg.positions}
     adapted = check_adapters(cfg, config)[2]  # with the words' vectors
-    print(*report.describe_pairs(studies, drawable, config), sep="\n")
+    print(*report_selora.describe_pairs(studies, drawable, config), sep="\n")
     parts = {}
     for seed in range(cfg.seeds):
         split = data.split(target, seed, cfg.train_share)
@@ -601,10 +601,10 @@ def finish(cfg, ctx, identity, results, on_source):
     }
     checkpoint.save(cfg.out / "model.pt", content)
     judges = {seed: judge.described(judging) for seed, judging in ctx.judges.items()}
-    metrics = report.selora_metrics(cfg, target, judges, results, on_source)
+    metrics = report_selora.selora_metrics(cfg, target, judges, results, on_source)
     checkpoint.write_json(cfg.out / "metrics.json", metrics)
-    print(report.selora_table(metrics, checkpoint.read_json(cfg.out / "timings.json", {})))
-    report.rank_figure(metrics, cfg.steps, cfg.out / "ranks.png")
+    print(report_selora.selora_table(metrics, checkpoint.read_json(cfg.out / "timings.json", {})))
+    report_selora.rank_figure(metrics, cfg.steps, cfg.out / "ranks.png")
     models = {"base, before": ctx.model().eval(), f"after {kept}": model.eval()}
     samples.show(cfg, target, ctx.parts[0], ctx.pairs, ctx.vae, models)
     print(f"run folder: {cfg.out}; export {kept}, seed 0, with: python export.py selora {cfg.out}")

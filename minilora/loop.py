@@ -174,6 +174,10 @@ class Loop:
         self.stop.after(done, self.save_every, self.save)
 
 
+class NotFinite(Refused):
+    """A loss, a gradient or Fisher information is NaN or infinite."""
+
+
 class Watch:
     """Losses and gradients of a loop, looked at on the device: no step waits until somebody asks.
 
@@ -224,7 +228,7 @@ class Watch:
 
     def refuse(self, step, fault):
         samples = self.rows_of(step).tolist()
-        raise Refused(
+        raise NotFinite(
             f"{self.name}: {fault} at step {step}, samples {samples}; lower --lr or look at these "
             "samples (what was saved before stands)"
         )

@@ -102,8 +102,8 @@ def frechet(a, b):
 def paired(ours, theirs):
     """What paired scores [n] of n seeds can show of their differences, ours minus theirs.
 
-    {'n', 'mean', 'low', 'high': 95% interval of the mean by Student's t, 'wins': how many are above
-    0, 'p': of the exact two-sided sign test, which leaves ties out}. The interval is NaN for one
+    {'n', 'mean', 'low', 'high': 95% interval of the mean by Student's t, 'wins', 'losses': how many
+    are above and below 0, 'p': of the exact two-sided sign test, which leaves ties out}. The interval is NaN for one
     seed. The t interval takes seeds for independent; they share samples, so it is somewhat narrow.
     """
     difference = np.asarray(ours, float) - np.asarray(theirs, float)
@@ -120,6 +120,7 @@ def paired(ours, theirs):
         "low": float(mean - half),
         "high": float(mean + half),
         "wins": wins,
+        "losses": losses,
         "p": sign_test(wins, losses),
     }
 
@@ -156,7 +157,7 @@ def verdict(ours, theirs, names, unit="", less=False, digits=3):
     wins = f"above on {result['wins']} of {n} seeds, p = {result['p']:.2g}"
     numbers = f"mean {mean}, {interval}, {wins}"
     if result["p"] < 0.05:
-        better = (result["wins"] * 2 > n) != less
+        better = (result["wins"] > result["losses"]) != less
         return f"{one} {'beats' if better else 'is beaten by'} {other}: {numbers}."
     return f"No difference that {n} seeds can show between {one} and {other}: {numbers}."
 

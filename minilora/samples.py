@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from minilora import data, diffusion, judge, report
+from minilora import data, diffusion, judge, report, report_selora
 
 
 def draw(cfg, model, vae, pairs, rows, seeds):
@@ -80,7 +80,7 @@ def judge_base(cfg, vit, source, pairs, heldout, model, vae):
     judging = judge_of(vit, source, vae, train, heldout, 0)
     result = judge.described(judging)
     result["base"] = judged(cfg, judging, model, vae, pairs)
-    print(report.base_table(result))
+    print(report_selora.base_table(result))
     return result
 
 

@@ -19,12 +19,12 @@ from test_export import only_refused
 import export
 import train_mora
 import train_selora
-from minilora import checkpoint, data, diffusion, export_selora, judge, metrics, report, samples, selora
+from minilora import checkpoint, data, diffusion, export_selora, judge, metrics, report_selora, samples, selora
 from minilora.judge import agreement, facts_of, linear_reader, nearest
 from minilora.models import load_judge, load_selora, put_words
 from minilora.phantoms import phantoms
 from minilora.ranks import COMPARED
-from minilora.report import selora_table
+from minilora.report_selora import selora_table
 from minilora.task import draw_studies, finished_rule
 from minilora.words import tokenize
 from minilora.unet import Denoiser
@@ -405,8 +405,8 @@ def test_a_judge_depends_on_its_rows_and_seed_alone():
 def test_a_resumed_run_shows_the_judges_table_again(tiny, tmp_path, monkeypatch, capsys):
     """Stopped between two methods and gone on with, or finished and shown again: the same tables and the same bytes."""
     monkeypatch.chdir(tmp_path)
-    table = report.selora_table
-    monkeypatch.setattr(report, "selora_table", lambda content, timings: table(content, {}))  # seconds differ
+    table = report_selora.selora_table
+    monkeypatch.setattr(report_selora, "selora_table", lambda content, timings: table(content, {}))  # seconds differ
     argv = [*TINY, "--judge", str(tiny[1]), "--rule", "fixed"]
     tables = lambda: [part for part in re.findall(r"the base on its own domain.*?(?=\n[a-z ]+ s0 |\nConv|\nno fig|\n\n)|\nphantoms \(target\).*?(?=\nranks|\nno fig)", capsys.readouterr().out, re.S)]
     train_selora.main([*argv, "--out", "whole"])

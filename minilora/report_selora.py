@@ -1,0 +1,302 @@
+"""What train_selora.py shows: metrics.json, the table, sentences computed from it, and the ranks.
+
+Skip this file when you read for a method."""
+
+import textwrap
+
+import numpy as np
+
+from minilora import data, report
+from minilora.words import coverage
+
+
+def describe_pairs(studies, drawable, config):
+    """What a run of train_selora.py works on, as lines; drawable: rows of the target that have
+    their image; config: the denoiser's."""
+    for role, study in studies.items():
+        worded = int(study.have()[:, 1].sum())
+        yield f"{role}: {study.name}{report.provenance(study)}, {len(study)} samples, {worded} with words"
+        yield f"  words: {coverage(study.notes, config['buckets'], config['positions'])}"
+    missing = len(studies["target"]) - len(drawable)
+    if missing:
+        yield f"left out: {missing} samples of the target that lack their image"
+
+
+REFERENCES = ("unadapted", "full")  # rows without an adapter, between which the others stand
+
+
+def selora_metrics(cfg, target, judges, results, on_source):
+    """The content of metrics.json. judges {seed: what `judge.described` gives} or {}, results
+    {method: [content of its adapter file per seed]}, on_source: what the judge says of the base on
+    its own domain, or {}."""
+    methods = {}
+    for name, runs in results.items():
+        methods[name] = over_seeds([run["result"] for run in runs])
+        for key in ("adapter_params", "word_params", "trainable_params", "ranks", "history"):
+            methods[name][key] = [r[key] for r in runs]
+    verdict = None
+    if judges:
+        each = [judges[seed] for seed in range(cfg.seeds)]
+        verdict = {
+            "run": str(cfg.judge),
+            "features": "mean last token of the frozen ViT of train_mora.py",
+            "n": each[0]["n"],
+            "floor": [one["floor"] for one in each],
+            "nearest": [one["nearest"] for one in each],
+            "base on its source": on_source,
+        }
+        for row in ("ceiling", "chance", "autoencoder"):
+            verdict[row] = over_seeds([one[row] for one in each])
+    return {
+        "format": 1,
+        "kind": "selora",
+        "data": target.name,
+        "synthetic": target.synthetic,
+        "synthetic_notes": target.synthetic_notes,
+        "seeds": list(range(cfg.seeds)),
+        "guidance": cfg.guidance,
+        "methods": methods,
+        "judge": verdict,
+    }
+
+
+def over_seeds(each):
+    """{measure: [its value per seed]} of a dictionary per seed; a measure that a seed lacks is left
+    out."""
+    return {name: [one[name] for one in each] for name in each[0] if all(name in o for o in each)}
+
+
+def base_table(result):
+    """What the judge says of the base on held-out images of its own domain, beside what bounds it:
+    where quality is lost before anything is adapted."""
+    rows = {
+        "real images": result["ceiling"] | {"frechet": result["floor"]},
+        "through the autoencoder": result["autoencoder"],
+        "drawn by the base": result["base"],
+        "the same, words ignored": ignored(result["base"]),
+        "most common answer": result["chance"],
+    }
+    names = ["frechet", *result["ceiling"]]
+    lines = [f"the base on its own domain, {result['n']} held-out images"]
+    lines.append(f"{'':26s}" + "".join(f"{name:>10s}" for name in names))
+    for row, values in rows.items():
+        lines.append(f"{row:26s}" + "".join(f"{number(values.get(k)):>10s}" for k in names))
+    return "\n".join(lines)
+
+
+def ignored(verdict):
+    """{fact: agreement of images that were drawn without the words}."""
+    suffix = ", words ignored"
+    return {k.removesuffix(suffix): v for k, v in verdict.items() if k.endswith(suffix)}
+
+
+def number(value):
+    """A number as a table shows it, '-' for none; the mean of a list."""
+    return "-" if value is None else f"{np.mean(value):.3f}"
+
+
+def selora_table(content, timings):
+    """Held-out denoising loss per method, x 1e5, mean ± standard deviation over seeds; the gap
+    closed between the unadapted base and full fine-tuning; and what the judge finds."""
+    judge = content["judge"]
+    columns = []
+    if judge:
+        columns = ["frechet", "nearest", *(k for k in judge["ceiling"] if "," not in k)]
+    header = f"{'method':22s}{'held-out':>14s}{'adapter':>10s}{'gap closed':>12s}{'seconds':>9s}"
+    header += "".join(f"{c:>10s}" for c in columns)
+    title = f"{content['data']}, {data.origin(content)}; held-out denoising loss x 1e5"
+    lines = ["", f"{title}, seeds: {len(content['seeds'])}", header]
+    unadapted, full = (np.array(content["methods"][k]["heldout_loss"]) for k in REFERENCES)
+    for name, method in content["methods"].items():
+        loss = np.array(method["heldout_loss"])
+        closed = "-"
+        if (full < unadapted).all():
+            closed = f"{(unadapted - loss).mean() / (unadapted - full).mean():.0%}"
+        parameters = spent(method)
+        seconds = np.mean([timings.get(f"{name}-s{s}", 0.0) for s in content["seeds"]])
+        line = f"{name:22s}{loss.mean() * 1e5:9.0f} ±{loss.std() * 1e5:3.0f}{parameters:10,.0f}"
+        line += f"{closed:>11s} {seconds:9.1f}"
+        lines.append(line + "".join(f"{np.mean(method[c]):10.3f}" for c in columns))
+    if judge:
+        lines += judge_lines(judge, columns, content["methods"])
+    return "\n".join([*lines, "", *selora_conclusion(content)])
+
+
+def spent(method):
+    """Parameters of the adapters and of the words that were trained with them, mean over seeds."""
+    return np.mean(method["adapter_params"]) + np.mean(method["word_params"])
+
+
+def judge_lines(judge, columns, methods):
+    """The rows below the methods that bound what the judge can say, what the columns are, and
+    agreement by words that the base knew or not, and with no words at all."""
+    real = judge["ceiling"] | {"frechet": judge["floor"], "nearest": judge["nearest"]}
+    bounds = {
+        "through the autoencoder": judge["autoencoder"],
+        "real images": real,
+        "most common answer": judge["chance"],
+    }
+    for row, values in bounds.items():
+        yield f"{row:67s}" + "".join(f"{number(values.get(c)):>10s}" for c in columns)
+    yield (
+        f"judge: {judge['n']} held-out rows. frechet: of the {judge['features']} (not Inception FID: "
+        "compare rows here);"
+    )
+    yield (
+        "nearest: distance to the nearest training image, grey levels; the others: how often a "
+        "linear reader finds what the words state."
+    )
+    yield "new words: the base was not pretrained on one of them; ignored: the same noise, guidance 0."
+    for measure in next(iter(methods.values())):
+        if "," in measure:
+            each = [f"{name} {number(method.get(measure))}" for name, method in methods.items()]
+            if measure in real:
+                each.append(f"real {number(real[measure])}")
+            line = f"{measure}: {', '.join(each)}"
+            yield textwrap.fill(line, 120, subsequent_indent="    ")
+
+
+def selora_conclusion(content):
+    """Sentences computed from the table: what adapting and growing gained, paired by seed."""
+    methods = content["methods"]
+    budgets = [b for b in ("r1", "r2", "as ratio") if f"neyman {b}" in methods]
+    if budgets:
+        return [line for budget in budgets for line in budget_conclusion(content, budget)]
+    name = next(k for k in methods if k not in REFERENCES)
+    method = methods[name]
+    unadapted, full = (np.array(methods[k]["heldout_loss"]) for k in REFERENCES)
+    gap = unadapted - full
+    lines = []
+    if (gap > 0).all():
+        closed = (unadapted - np.array(method["heldout_loss"])).mean() / gap.mean()
+        lines.append(
+            f"{name} closes {closed:.0%} of the gap between the frozen base and full fine-tuning "
+            f"with {spent(method):,.0f} parameters instead of "
+            f"{methods['full']['trainable_params'][0]:,}."
+        )
+    else:
+        lines.append(
+            "Full fine-tuning does not beat the frozen base on every seed: there is no gap to close."
+        )
+    if any(len(history) > 1 for history in method.get("history", [])):
+        lines.append(
+            "Whether growing was worth it, only a comparison at equal parameters can say: --rules-table."
+        )
+    if len(content["seeds"]) == 1:
+        lines.append("One seed: an illustration, not evidence.")
+    return lines
+
+
+def budget_conclusion(content, budget):
+    """The lines on one budget of the rules table: the validation half's choice, and differences."""
+    methods = content["methods"]
+    loss = {name: np.array(method["heldout_loss"]) * 1e5 for name, method in methods.items()}
+    names = [name for name in methods if name.endswith(f" {budget}")]
+    best = min(names, key=lambda name: np.mean(methods[name]["val_loss"]))
+    parameters = np.mean(methods[f"neyman {budget}"]["adapter_params"])
+    least = min(loss[name].mean() for name in names)
+    yield (
+        f"At {parameters:,.0f} parameters the validation half chooses {best} "
+        f"({loss[best].mean():.0f} on the test half; least there: {least:.0f})"
+    )
+    pairs = [("neyman", other) for other in ("fixed", "cheapest", "inverse-cost")]
+    if budget == "as ratio":
+        pairs += [("ratio", other) for other in ("replay", "neyman", "random")]
+    else:
+        pairs += [("gain", other) for other in ("fixed", "cheapest", "neyman")]
+    for rule, other in pairs:
+        ours = rule if rule == "ratio" else f"{rule} {budget}"
+        other = f"{other} {budget}"
+        if other not in methods:
+            continue
+        difference = loss[ours] - loss[other]
+        each = " ".join(f"{x:+.0f}" for x in difference)
+        better = int((difference < 0).sum())
+        yield (
+            f"  {ours} minus {other}: {each}, mean {difference.mean():+.0f}, "
+            f"better on {better} of {len(content['seeds'])} seeds"
+        )
+
+
+SORTS = {
+    "text.": "text encoder",
+    "to_pixels": "attention, pixels",
+    "to_words": "attention, words",
+    "mlp": "MLP",
+    "time": "timestep",
+    "prompt": "timestep",
+    "gate": "timestep",
+    "skip": "convolution 1x1",
+}
+
+
+def sort_of(layer):
+    """What sort of layer a name belongs to."""
+    for part, sort in SORTS.items():
+        if part in layer:
+            return sort
+    return "convolution 3x3"
+
+
+def mean_ranks(content):
+    """{method: {sort of layer: mean final rank over layers and seeds}}."""
+    means = {}
+    for name, method in content["methods"].items():
+        sorts = {}
+        for ranks in method["ranks"]:
+            for layer, rank in ranks.items():
+                sorts.setdefault(sort_of(layer), []).append(rank)
+        if sorts:
+            means[name] = {sort: float(np.mean(ranks)) for sort, ranks in sorts.items()}
+    return means
+
+
+def rank_figure(content, steps, path):
+    """Rank per layer over the steps of the first rule at seed 0, and final ranks by sort of layer;
+    without matplotlib the latter as text."""
+    means = mean_ranks(content)
+    plt = report.pyplot()
+    if plt is None:
+        for name, sorts in means.items():
+            print(f"{name}: mean rank by kind of layer")
+            for sort, rank in sorts.items():
+                print(f"  {sort:20s} {rank:4.1f} {'█' * round(4 * rank)}")
+        return print("no figures: pip install 'minilora[pictures]' draws them")
+    name = next(iter(means))
+    history = content["methods"][name]["history"][0]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 6.2), dpi=120, width_ratios=(1.5, 1))
+    draw_history(fig, left, history, steps)
+    left.set(xlabel="step", title=f"{name}, seed 0: rank of each layer")
+    draw_bars(right, means)
+    fig.suptitle(f"{content['data']}, {data.origin(content)}", fontsize=9)
+    report.save_figure(fig, path)
+
+
+def draw_history(fig, ax, history, steps):
+    """A row per layer, coloured by its rank at each step; history [[step, {layer: rank}], ...]."""
+    layers = list(history[0][1])
+    over = np.zeros((len(layers), steps), int)
+    for step, ranks in history:
+        over[:, step:] = np.array([ranks[layer] for layer in layers])[:, None]
+    top = max(2, over.max())
+    image = ax.imshow(
+        over, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=top
+    )
+    labels = [layer.replace("unet.", "") for layer in layers]
+    ax.set_yticks(range(len(layers)), labels, fontsize=5)
+    fig.colorbar(image, ax=ax, ticks=range(top + 1))
+
+
+def draw_bars(ax, means):
+    """Mean ranks by sort of layer, a bar for each of the first seven methods."""
+    sorts = list(next(iter(means.values())))
+    methods = list(means)[:7]
+    height = 0.8 / len(methods)
+    for i, method in enumerate(methods):
+        place = np.arange(len(sorts)) + (i - (len(methods) - 1) / 2) * 0.8 / len(methods)
+        ax.barh(place, [means[method][sort] for sort in sorts], height, label=method)
+    ax.set_yticks(range(len(sorts)), sorts, fontsize=8)
+    ax.invert_yaxis()
+    ax.set(xlabel="rank, mean over layers and seeds", title="final ranks by kind of layer")
+    if len(methods) > 1:
+        ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
