@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from minilora import checkpoint, data, report
+from minilora import baselines, checkpoint, data, rates, report
 from minilora.cli import Bounds, Natural, Positive, Share, guarded
 from minilora.loop import Log, Loop, rows_at, warm_cosine
 from minilora.models import base_file, build, count, image_digests, kept_weights, load_head
@@ -28,14 +28,14 @@ from minilora.processes import average, leader, own_part, pick_device, wait, wor
 from minilora.task import Context, batch_at, buckets, check, column_ids, draw_studies, draw_task, evaluate
 from minilora.task import finished_job, hash_of_base, image_size, input_sizes, listed
 from minilora.task import numeric_scales, on
-from minilora.task import pretrained_base, read_source, read_target, split_arrays, vit_sizes
-from minilora.task import work_ahead
+from minilora.task import pretrained_base, read_source, read_target, split_arrays, tests_of
+from minilora.task import vit_sizes, work_ahead
 from minilora.vit import ViT
 from minilora.words import TOKENIZER
 
 # Every method's learning rate comes from here: one shared rate would favour some of them.
 LR_GRID = (3e-3, 1e-2, 3e-2)
-LR_GRID_LARGE = (1e-4, 1e-3, 1e-2)  # with --base
+LR_GRID_LARGE = (3e-4, 1e-3, 3e-3)  # with --base
 SAVE_EVERY = 200  # steps
 LOG_EVERY = 50  # steps
 PRESETS = {
@@ -71,12 +71,13 @@ class Config:
     methods: tuple[str, ...] = ("head", "lora", "mora", "mora-open", "full")
     # Runs per method; a seed sets split, missing table, initial adapter and batches.
     seeds: Positive = 3
-    # TYPE:RATE for training and validation; TYPE is a modality that is lost, `any`, or `both` (any
-    # of two).
+    # TYPE:RATE for training and validation; TYPE is a modality that is lost, `any`, `both` (any of
+    # two), or `label`: the label says which one is lost, which no model should come to rely on.
     missing: str = "any:0.7"
     test_missing: tuple[str, ...] = ()  # TYPE:RATE of each test row; default: as in training.
-    # `mask` hides an absent modality from attention; `dummy` shows an all-ones image, an empty note
-    # (the paper's way).
+    # What stands for an absent modality: `mask` hides it from attention; `dummy` shows an all-ones
+    # image, an empty note (the paper's way); `fill` shows another training sample's, so that nothing
+    # in the input tells what is absent. MoRA's branch is told in every case.
     absent: str = "mask"
     # `trained` with the adapter, or `locked`: the head that method `head` trained, frozen, so the
     # adapter alone adapts.
@@ -86,7 +87,8 @@ class Config:
     steps: Positive = 600  # Adaptation steps.
     batch: Positive = 64  # Samples per step.
     # A learning rate for all methods, or METHOD:RATE for some; default: the best of 0.003, 0.01,
-    # 0.03 (with --base of 0.0001, 0.001, 0.01) on seed 0's validation split.
+    # 0.03 (with --base of 0.0003, 0.001, 0.003) on the validation rows at seed 0, and of the next
+    # rates beyond these while the best lies at an edge.
     lr: tuple[str, ...] = ()
     keep: str = "mora:0"  # METHOD:SEED that goes into model.pt, which export.py takes.
     # Images are resized to this; 0: 32, or with --base the size that it was pretrained at. The
@@ -106,9 +108,11 @@ class Config:
     phantoms: Positive = 8000
     # Share of the training split that is used, for scarce data; small shares lie in large.
     train_share: Share = 1.0
-    # SELORA_RUN:COUNT adds COUNT synthetic studies to the training split: a training sample's
-    # facts, and an image drawn from its words by that run of train_selora.py, whose training split
-    # must lie within this one.
+    # SELORA_RUN:COUNT adds COUNT synthetic studies to the training split: a training sample's words,
+    # numbers and label, and an image drawn from its words by that run of train_selora.py, which
+    # must have seen only samples of this training split whose image and note --missing left (its
+    # own --table). Two controls: random:COUNT takes another patient's real image, own:COUNT the
+    # sample's own. A folder of such a name is written ./random or ./own.
     augment: str = ""
     # Replaces sizes left at their defaults: small (none), base (7M parameters) or large (ViLT-B/32,
     # 111M, for a GPU).
@@ -143,7 +147,7 @@ def adapt(cfg, model, method, seed, lr, task, log, stop):
     for step in loop:  # goes on where a stopped run was
         rows = torch.from_numpy(own_part(rows_of(step), cfg.batch))
         rows = rows.to(device, non_blocking=True)  # the host does not wait
-        batch = batch_at(task["inputs"], rows)  # {modality: [B,...]}
+        batch = batch_at(task["inputs"], rows, task["content"][cfg.missing])  # {modality: [B,...]}
         present = task["present"][rows]  # [B,M]
         gate = gates(method, present, task["shuffled"][rows])  # [B,M], or [B,1] for lora
         optimizer.zero_grad()
@@ -254,28 +258,27 @@ def grid(cfg):
     return LR_GRID_LARGE if cfg.base else LR_GRID
 
 
-def pick_rate(cfg, ctx, method, rates):
-    """(learning rate, {rate: validation macro-F1}): as given, or the best of the grid on seed 0's
-    validation split.
+def pick_rate(cfg, ctx, method, given):
+    """(learning rate, {rate: validation macro-F1}): as given, or the best of the grid on the
+    validation rows, at seed 0.
 
     The winner's run is seed 0's run: it is not trained again. Of the others the scores are kept."""
-    if method in rates or "" in rates:
-        return rates.get(method, rates.get("")), {}
-    scores = {}
-    for lr in grid(cfg):
+    if method in given or "" in given:
+        return given.get(method, given.get("")), {}
+
+    def score_of(lr):
         content = run_job(cfg, ctx, method, 0, lr, cfg.out / f"picks/{method}-{lr:g}.pt")
-        scores[lr] = content["result"]["val"]["macro_f1"]
-    best = max(scores, key=scores.get)
+        return content["result"]["val"]["macro_f1"]
+
+    best, scores = rates.pick(grid(cfg), score_of)
     path = cfg.out / f"adapters/{method}-s0.pt"
     if not path.exists():
         checkpoint.link(cfg.out / f"picks/{method}-{best:g}.pt", path)
-    for lr in scores:
-        if lr != best:
+    for lr, score in scores.items():
+        if lr != best and score >= 0:  # else it did not stay finite, and has no file
             checkpoint.drop_weights(cfg.out / f"picks/{method}-{lr:g}.pt")
-    each = ", ".join(f"{lr:g}: {v:.3f}" for lr, v in scores.items())
-    print(
-        f"{method}: learning rate {best:g}, picked on seed 0's validation split (macro-F1 {each})"
-    )
+    print(f"{method}: learning rate by macro-F1 on the validation rows at seed 0: "
+          f"{rates.described(best, scores)}")
     return best, scores
 
 
@@ -292,7 +295,7 @@ def run(cfg, stop):
     # Convolutions as exact as the matrix products, and as the exported graphs.
     torch.backends.cudnn.allow_tf32 = False
     cfg = replace(cfg, image_size=image_size(cfg))
-    rates, kept = check(cfg)
+    given, kept = check(cfg)
     study = read_target(cfg)
     cfg = replace(cfg, buckets=buckets(cfg, study))
     for text in (cfg.missing, *cfg.test_missing):
@@ -310,12 +313,13 @@ def run(cfg, stop):
     }
     draws = {seed: draw_task(cfg, study, seed) for seed in range(cfg.seeds)}
     print(*report.describe(study, draws, vit_config), sep="\n")
-    print(*work_ahead(cfg, vit_config, rates, grid(cfg)), sep="\n")
+    print(*work_ahead(cfg, vit_config, given, grid(cfg)), sep="\n")
     if cfg.augment:
         for seed, draw in draws.items():
             draw |= draw_studies(cfg, study, draw, seed, device)
             real = len(draw["parts"]["train"])
-            print(f"seed {seed}: {len(draw['source'])} synthetic studies beside {real} real ones")
+            print(f"seed {seed}: {len(draw['source'])} studies of --augment {cfg.augment} beside "
+                  f"{real} real ones")
 
     identity = checkpoint.open_run(cfg)
     base_hash = hash_of_base(cfg, study, source, base_config, identity)
@@ -336,7 +340,7 @@ def run(cfg, stop):
     for seed in range(cfg.seeds):  # seed by seed: the first whole comparison is there early
         for method in cfg.methods:
             if seed == 0:
-                picked[method] = pick_rate(cfg, ctx, method, rates)
+                picked[method] = pick_rate(cfg, ctx, method, given)
             path = cfg.out / f"adapters/{method}-s{seed}.pt"
             content = run_job(cfg, ctx, method, seed, picked[method][0], path)
             # The file keeps the weights; all runs' together may not fit into memory.
@@ -377,7 +381,8 @@ def finish(cfg, ctx, source, readers, identity, kept, results, picked):
     }
     checkpoint.save(cfg.out / "model.pt", content)
     ranks = {m: [r["branches"] for r in runs] for m, runs in results.items()}
-    metrics_json = report.mora_metrics(cfg, study, results, picked, ranks)
+    simple = baselines.rows(study, ctx.draws, cfg.missing, tests_of(cfg))
+    metrics_json = report.mora_metrics(cfg, study, results, picked, ranks, simple)
     checkpoint.write_json(cfg.out / "metrics.json", metrics_json)
     print(report.mora_table(metrics_json, checkpoint.read_json(cfg.out / "timings.json", {})))
     report.mora_figure(metrics_json, cfg.out / "macro_f1.png")

@@ -37,7 +37,7 @@ LAYERS = {str: {"A": torch.Tensor, "B": torch.Tensor, "scale": float}}
 RANKS = {str: 0}
 DATA = ({"name": str, "sha256": str}, str)
 SCORES = {"macro_f1": float, "auroc": float, "accuracy": float, "without_positive?": 0}
-TESTS = {str: SCORES | {"by_pattern": {str: {"n": 0, "accuracy": float}}}}
+TESTS = {str: SCORES | {"by_pattern": {str: {"n": 0, "accuracy": float}}, "probabilities": [[float]]}}
 COUNTS = {"adapter_params": 0, "trainable_params": 0, "total_params": 0}
 BRANCH = {
     "method": str,
@@ -400,6 +400,7 @@ def identity_of(cfg):
         run = identity.get(key)
         if key == "augment":
             run = str(run or "").rpartition(":")[0]  # RUN:COUNT
+            run = "" if run in ("random", "own") else run  # controls, without a run
         if run:
             identity[key] = {"run": identity[key], "sha256": sha256(Path(run) / file)}
     return json.loads(json.dumps(identity, default=str))

@@ -24,7 +24,7 @@ from minilora import prepare
 
 # Names that a numeric modality cannot take: they mean something in files, graphs or missing tables.
 RESERVED = (
-    "image", "images", "note", "notes", "present", "mask", "any", "both",
+    "image", "images", "note", "notes", "present", "mask", "any", "both", "label",
     "logits", "probabilities", "labels", "prepared", "report",
 )  # fmt: skip
 FITS = ("squeeze", "crop", "pad")  # how an image becomes square, see `square`
@@ -561,11 +561,13 @@ def attach_notes(study, right=0.8, seed=0):
 
 
 def parse_missing(text, modalities):
-    """('any' or a modality's name, rate) of TYPE:RATE; 'both' is 'any' for two modalities."""
+    """('any', 'label' or a modality's name, rate) of TYPE:RATE; 'both' is 'any' for two
+    modalities."""
     kind, _, rate = text.rpartition(":")
     types = [*modalities, "any"]
     if len(modalities) == 2:
         types.append("both")
+    types.append("label")
     if kind not in types:
         raise Refused(
             f"missing type '{kind}' in '{text}' is not known; "
@@ -580,12 +582,16 @@ def parse_missing(text, modalities):
     return ("any" if kind == "both" else kind), rate
 
 
-def missing_table(have, modalities, text, seed):
+def missing_table(have, modalities, text, seed, labels=None):
     """Presence [N,M] after RATE of the samples lose modalities, drawn from (type, rate, seed).
 
     `have` [N,M] is what the samples have by themselves. A draw never takes a sample's last
     modality. At one seed, the samples that lose something at a lower rate are among those that do
-    at a higher one, so rows of different rates compare."""
+    at a higher one, so rows of different rates compare.
+
+    Type `label`: a sample with m modalities loses number (label modulo m) of them, so that what is
+    missing tells the label; without a label it loses one at random. `Refused` there unless `labels`
+    are [N]: several findings are not one number."""
     kind, rate = parse_missing(text, modalities)
     have = np.asarray(have, bool)
     n = len(have)
@@ -600,6 +606,13 @@ def missing_table(have, modalities, text, seed):
         subset = 1 + np.floor(draw * (2.0**count - 2)).astype(np.int64)
         bit = np.maximum(np.cumsum(have, 1) - 1, 0)
         drop = (subset[:, None] >> bit) & 1 == 1  # [N,M]
+    elif kind == "label":
+        if labels is None or labels.ndim != 1:
+            reason = "none is known here" if labels is None else "these are several findings"
+            raise Refused(f"missing type 'label' in '{text}' needs one label a sample; {reason}")
+        at_random = np.floor(draw * count)
+        number = np.where(labels >= 0, labels % np.maximum(count, 1), at_random)  # [N]
+        drop = np.cumsum(have, 1) - 1 == number[:, None]  # [N,M]
     else:
         drop = np.array(modalities) == kind  # [M]
     return have & ~(drop & loses[:, None])
@@ -643,7 +656,7 @@ def _assign_groups(study, rows, seed):
         onehot = np.eye(len(study.class_names))[labels]
     # The size is balanced as if it were one more class.
     weights = np.column_stack([onehot, np.ones(len(rows))])  # [rows, C + 1]
-    group, member = np.unique(_groups(study)[rows], return_inverse=True)
+    group, member = np.unique(groups(study)[rows], return_inverse=True)
     counts = np.zeros((len(group), weights.shape[1]))  # [groups, C + 1]
     np.add.at(counts, member, weights)
 
@@ -679,7 +692,7 @@ def none_empty(study, parts):
     return parts
 
 
-def _groups(study):
+def groups(study):
     """[N] group numbers: the smallest index that is reachable over shared patients and identical
     images."""
     parent = np.arange(len(study))

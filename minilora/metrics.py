@@ -142,24 +142,114 @@ def student(df):
     return float(x[1:][np.searchsorted(area, 0.475)])
 
 
+def paired_samples(labels, ours, theirs, seed=0, resamples=1000):
+    """What the n test samples of one split can show of two methods, from their probabilities [n,C],
+    or [S,n,C] of S seeds: of the macro-F1 of ours minus theirs, averaged over the seeds.
+
+    The same keys as `paired` gives: 'low' and 'high' are a 95% interval by bootstrap over the
+    samples; 'wins' and 'losses' count samples on which one is right and the other wrong (over seeds
+    and findings: right more often), and 'p' is of their sign test. labels: as in `scores`."""
+    methods = [_each_seed(probabilities) for probabilities in (ours, theirs)]
+    n = len(labels)
+    rng = np.random.default_rng(seed)
+    # How often each sample is in a resample; the first row is the test samples as they are.
+    times = np.ones((resamples + 1, n), np.float32)
+    for row in times[1:]:
+        row[:] = np.bincount(rng.integers(0, n, n), minlength=n)
+    f1s = []  # of each method, [resamples + 1]
+    right = []  # of each method, [n]
+    for seeds in methods:
+        counted = [_counted(labels, probabilities) for probabilities in seeds]
+        f1s.append(np.mean([_macro_f1(times, *counts) for *counts, _ in counted], 0))
+        right.append(np.sum([answers for *_, answers in counted], 0))
+    difference = f1s[0] - f1s[1]
+    low, high = np.nanpercentile(difference[1:], (2.5, 97.5))
+    wins = int((right[0] > right[1]).sum())
+    losses = int((right[0] < right[1]).sum())
+    return {
+        "n": n,
+        "mean": float(difference[0]),
+        "low": float(low),
+        "high": float(high),
+        "wins": wins,
+        "losses": losses,
+        "p": sign_test(wins, losses),
+    }
+
+
+def _each_seed(probabilities):
+    """Probabilities [S,n,C] of [n,C] or [S,n,C]."""
+    probabilities = np.asarray(probabilities)
+    return probabilities if probabilities.ndim == 3 else probabilities[None]
+
+
+def _counted(labels, probabilities):
+    """What F1 is counted from, each [n,C] bool: true, predicted, and which classes it is the mean
+    of, those that occur; and how many answers of each sample are right, [n]."""
+    if labels.ndim == 2:
+        known = labels >= 0
+        truth = labels == 1
+        predicted = (probabilities >= 0.5) & known
+        return truth, predicted, truth, ((truth == predicted) & known).sum(1)
+    classes = np.arange(probabilities.shape[1])
+    truth = labels[:, None] == classes
+    chosen = probabilities.argmax(1)
+    predicted = chosen[:, None] == classes
+    return truth, predicted, truth | predicted, (chosen == labels).astype(int)
+
+
+def _macro_f1(times, truth, predicted, occurs):
+    """Macro-F1 [R], as in `scores`, of R resamples: `times` [R,n], how often each has a sample."""
+    both = times @ (truth & predicted)  # [R,C]
+    total = times @ (truth.astype(np.float32) + predicted)
+    counts = times @ occurs > 0
+    f1s = 2 * both.astype(float) / np.maximum(total, 1)
+    number = counts.sum(1)
+    return np.where(number > 0, (f1s * counts).sum(1) / np.maximum(number, 1), np.nan)
+
+
 def verdict(ours, theirs, names, unit="", less=False, digits=3):
     """A sentence on paired scores [n] of two methods, `names`: "beats" needs a sign test below .05,
     else it is no difference that so many seeds can show. less: lower scores are better."""
     result = paired(ours, theirs)
-    one, other = names
     n = result["n"]
-    mean = f"{result['mean']:+.{digits}f}{unit}"
     if math.isnan(result["mean"]):
-        return f"{one} against {other}: a seed has no score, so there is no comparison."
+        return f"{names[0]} against {names[1]}: a seed has no score, so there is no comparison."
     if n == 1:
-        return f"One seed, an illustration and no evidence: {one} minus {other} is {mean}."
-    interval = f"95% interval {result['low']:+.{digits}f} to {result['high']:+.{digits}f}"
-    wins = f"above on {result['wins']} of {n} seeds, p = {result['p']:.2g}"
-    numbers = f"mean {mean}, {interval}, {wins}"
+        mean = f"{result['mean']:+.{digits}f}{unit}"
+        return f"One seed, an illustration and no evidence: {names[0]} minus {names[1]} is {mean}."
+    better = None
     if result["p"] < 0.05:
         better = (result["wins"] > result["losses"]) != less
-        return f"{one} {'beats' if better else 'is beaten by'} {other}: {numbers}."
-    return f"No difference that {n} seeds can show between {one} and {other}: {numbers}."
+    wins = f"above on {result['wins']} of {n} seeds"
+    return _sentence(result, names, better, f"{n} seeds", wins, unit, digits)
+
+
+def verdict_samples(result, names, digits=3):
+    """The same of what `paired_samples` gives. "beats" needs the sign test, and an interval of the
+    macro-F1 on the same side of 0."""
+    if math.isnan(result["mean"]):
+        return f"{names[0]} against {names[1]}: one has no score, so there is no comparison."
+    better = None
+    if result["p"] < 0.05:
+        if result["low"] > 0 and result["wins"] > result["losses"]:
+            better = True
+        if result["high"] < 0 and result["wins"] < result["losses"]:
+            better = False
+    wins = f"better on {result['wins']} samples, worse on {result['losses']}"
+    number = f"{result['n']} samples"
+    return _sentence(result, names, better, number, wins, " macro-F1", digits)
+
+
+def _sentence(result, names, better, number, wins, unit, digits):
+    """The sentence on a paired result; better: None where nothing is shown."""
+    one, other = names
+    interval = f"95% interval {result['low']:+.{digits}f} to {result['high']:+.{digits}f}"
+    p = f"p = {result['p']:.2g}"
+    numbers = f"mean {result['mean']:+.{digits}f}{unit}, {interval}, {wins}, {p}"
+    if better is None:
+        return f"No difference that {number} can show between {one} and {other}: {numbers}."
+    return f"{one} {'beats' if better else 'is beaten by'} {other}: {numbers}."
 
 
 def spread(values, digits=3):

@@ -101,18 +101,29 @@ class Dummies(nn.Module):
         return filled, None
 
 
+class Filled(nn.Module):
+    """Nothing to show: an absent modality has the content of another sample, which was put into the
+    batch before, and all of the batch is attended. It stands in a `ViT` at `.dummies`."""
+
+    def forward(self, batch, present, like):
+        """(the batch, None: all of it is present), whatever its presence [B,M]."""
+        return batch, None
+
+
 def make_vit(config):
     """A `ViT` of a run's configuration: its keyword arguments; `absent`, how it shows a modality
-    that is absent (`mask` or `dummy`); and, where words are pieces of a vocabulary, that. ValueError
-    if they do not fit together."""
+    that is absent (`mask`, `dummy` or `fill`); and, where words are pieces of a vocabulary, that.
+    ValueError if they do not fit together."""
     arguments = {key: value for key, value in config.items() if key not in RUN_SETTINGS}
     vit = ViT(**arguments)
     if config["absent"] == "dummy":
         empty = note_encoder(config | vit.config)([""])  # [1,P]
         first_id = int(empty[0, 0])
         vit.dummies = Dummies(vit.config, first_id)
+    elif config["absent"] == "fill":
+        vit.dummies = Filled()
     elif config["absent"] != "mask":
-        raise ValueError(f"absent '{config['absent']}' is not known; use mask or dummy")
+        raise ValueError(f"absent '{config['absent']}' is not known; use mask, dummy or fill")
     return vit
 
 

@@ -37,15 +37,25 @@ WORDS = {
     ],
 }
 ODDS = {"kind": 0.95, "symptom": 0.7, "history": 0.4}  # that a fact is the diagnosis's own one
+LESION_ALONE = {"kind": 1.0, "symptom": 0.0, "history": 0.0}
+# Who tells the diagnosis: further arguments of `phantoms`. Studies `image` and `both` of one seed
+# differ in the words of the lesion alone. In `image` words and diagnosis are independent, so that
+# nothing made of the words can help; in `both` they name the lesion, and so the diagnosis. Numbers
+# still hint at pneumonia, by its haze: leave them out where words alone should count.
+FACTS = {
+    "usual": {},
+    "image": {"stated": 0.0, "odds": LESION_ALONE},
+    "both": {"stated": 1.0, "right": 1.0, "odds": LESION_ALONE},
+}
 
 
-def phantoms(n, seed, domain="target", size=32):
+def phantoms(n, seed, domain="target", size=32, stated=0.6, right=0.8, odds=ODDS):
     """Draw n synthetic chest studies: images uint8 [n,size,size], reports, `vitals` [n,3], `labs`
     [n,2], 4 diagnoses.
 
-    The diagnosis sets the odds of the lesion (image; in 60% of the reports too, a fifth of those
-    wrong), the symptom and the history (words only) and shifts the numbers (10% NaN). Lesion size
-    and haze are in the image only. The `target` domain is another scanner and another hospital:
+    The diagnosis sets the odds of the lesion (image; `stated` in 60% of the reports too, and
+    `right` in 80% of those), the symptom and the history (words only) and shifts the numbers (10%
+    NaN). Lesion size and haze, of which pneumonia has more, are in the image only. The `target` domain is another scanner and another hospital:
     another tone curve, uneven light and more noise, narrower and taller lungs, mostly synonyms that
     the source never uses, and pneumonia with its patchy opacity, which the source never shows.
     `attributes` are the facts themselves, for pretraining: kind, side, symptom, history, agree
@@ -55,17 +65,17 @@ def phantoms(n, seed, domain="target", size=32):
     kinds = np.array([0, 1, 2, 3] if target else [0, 2, 3])  # of lesion, and so of diagnosis
     diagnosis = rng.choice(kinds, n)
     facts = {}
-    for name, odds in ODDS.items():
+    for name, share in odds.items():
         others = rng.choice(kinds, n) if name == "kind" else rng.integers(0, 4, n)
-        facts[name] = np.where(rng.random(n) < odds, diagnosis, others)
+        facts[name] = np.where(rng.random(n) < share, diagnosis, others)
     kind = facts["kind"]
     side = rng.integers(0, 2, n)
 
-    is_right = rng.random(n) < 0.8
+    is_right = rng.random(n) < right
     place = np.searchsorted(kinds, kind)
     other_kind = kinds[(place + rng.integers(1, len(kinds), n)) % len(kinds)]
     stated_kind = np.where(is_right, kind, other_kind)
-    states_lesion = rng.random(n) < 0.6
+    states_lesion = rng.random(n) < stated
     haze = np.clip(0.5 * rng.random(n) + 0.4 * (diagnosis == 1), 0, 1)
     numeric = _numbers(rng, facts, haze)
     claims = facts | {"kind": stated_kind, "side": side}

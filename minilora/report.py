@@ -9,7 +9,7 @@ import textwrap
 
 import numpy as np
 
-from minilora import data
+from minilora import data, metrics
 from minilora.words import coverage
 
 
@@ -89,26 +89,22 @@ def describe(study, draws, config):
             yield f"  {text}: " + ", ".join(f"{n} {c}" for n, c in zip(names, counts))
 
 
-def mora_metrics(cfg, study, results, picked, ranks):
+def mora_metrics(cfg, study, results, picked, ranks, simple):
     """The content of metrics.json. results {method: [content of its adapter file per seed]}, picked
     {method: (learning rate, {rate: validation macro-F1})}, ranks {method: [{layer: rank} per
-    seed]}."""
+    seed]}, simple {baseline: [result per seed]}."""
     methods = {}
     for method, runs in results.items():
-        texts = runs[0]["result"]["by_test"]
-        tests = {text: by_seed([r["result"]["by_test"][text] for r in runs]) for text in texts}
+        methods[method] = over_tests([run["result"] for run in runs])
         rate, tried = picked[method]
-        first = next(iter(tests.values()))
-        methods[method] = {k: v for k, v in first.items() if k != "by_pattern"}
         methods[method] |= {k: [r["counts"][k] for r in runs] for k in runs[0]["counts"]}
         methods[method] |= {
             "val_macro_f1": [r["result"]["val"]["macro_f1"] for r in runs],
             "lr": rate,
             "lr_grid": {f"{k:g}": v for k, v in tried.items()},
             "ranks": ranks[method],
-            "by_test": tests,
         }
-    return {
+    content = {
         "format": 1,
         "kind": "mora",
         "data": study.name,
@@ -121,7 +117,35 @@ def mora_metrics(cfg, study, results, picked, ranks):
         "train_share": cfg.train_share,
         "augment": cfg.augment,
         "methods": methods,
+        "baselines": {name: over_tests(runs) for name, runs in simple.items()},
     }
+    if study.fixed_split is not None and "mora" in results:
+        rows = {method: [run["result"] for run in runs] for method, runs in results.items()}
+        content["over_samples"] = over_samples(study, rows | simple)
+    return content
+
+
+def over_tests(results):
+    """The scores of one row of the table over seeds: those of the first missing table, and all in
+    'by_test'."""
+    texts = results[0]["by_test"]
+    tests = {text: by_seed([result["by_test"][text] for result in results]) for text in texts}
+    first = next(iter(tests.values()))
+    return {k: v for k, v in first.items() if k != "by_pattern"} | {"by_test": tests}
+
+
+def over_samples(study, rows):
+    """{row: `metrics.paired_samples` of MoRA and the row}: where there is one split, seeds do not
+    show how much depends on which samples it tests."""
+    labels = study.labels[(study.fixed_split == 2) & study.labelled]
+
+    def probabilities(results):
+        first = [next(iter(result["by_test"].values())) for result in results]
+        return np.array([scores["probabilities"] for scores in first])  # [seeds,n,C]
+
+    ours = probabilities(rows["mora"])
+    others = {name: probabilities(results) for name, results in rows.items() if name != "mora"}
+    return {name: metrics.paired_samples(labels, ours, p) for name, p in others.items()}
 
 
 def by_seed(rows):
@@ -137,65 +161,69 @@ def by_seed(rows):
     return result
 
 
-def spread(values):
-    """'mean±standard deviation' over seeds, or '-' where a value is not a number."""
-    if np.isnan(values).any():
-        return "-"
-    text = f"{np.mean(values):.3f}"
-    return f"{text}±{np.std(values):.3f}" if len(values) > 1 else text
-
-
-def mora_table(report, timings):
-    """The comparison as text, a block per test row: mean ± standard deviation over seeds, and
-    differences per seed."""
+def mora_table(content, timings):
+    """The comparison as text, a block per test row: mean ± sample standard deviation over seeds, and
+    the difference to head-only with its 95% interval."""
     lines = []
-    for text in next(iter(report["methods"].values()))["by_test"]:
-        lines += ["", mora_title(report, text), *mora_block(report, timings, text)]
-    return "\n".join([*lines, "", *mora_conclusion(report)])
+    for text in next(iter(content["methods"].values()))["by_test"]:
+        lines += ["", mora_title(content, text), *mora_block(content, timings, text)]
+    return "\n".join([*lines, "", *mora_conclusion(content)])
 
 
-def mora_title(report, text):
+def mora_title(content, text):
     """What a block of the table is about."""
     title = (
-        f"{report['data']}, {data.origin(report)}: trained with {report['missing']} missing, "
-        f"tested with {text}; absent: {report['absent']}; head: {report['head']}; "
-        f"seeds: {len(report['seeds'])}"
+        f"{content['data']}, {data.origin(content)}: trained with {content['missing']} missing, "
+        f"tested with {text}; absent: {content['absent']}; head: {content['head']}; "
+        f"seeds: {len(content['seeds'])}"
     )
-    if report["train_share"] < 1:
-        title += f"; {report['train_share']:.0%} of the training split"
-    if report["augment"]:
-        title += f"; synthetic studies {report['augment']}"
+    if content["train_share"] < 1:
+        title += f"; {content['train_share']:.0%} of the training split"
+    if content["augment"]:
+        title += f"; synthetic studies {content['augment']}"
     return title
 
 
-def mora_block(report, timings, text):
+def mora_block(content, timings, text):
     """The lines of one test row of the table, its header first."""
-    methods = report["methods"]
-    blocks = {name: method["by_test"][text] for name, method in methods.items()}
+    rows = content["methods"] | content["baselines"]
+    blocks = {name: row["by_test"][text] for name, row in rows.items()}
     patterns = next(iter(blocks.values()))["by_pattern"]
-    header = f"{'method':14s}{'macro-F1':>12s}{'AUROC':>12s}  accuracy with"
+    header = f"{'method':24s}{'macro-F1':>14s}{'AUROC':>14s}  accuracy with"
     header += "".join(f" {p:>7s}" for p in patterns)
     header += f"{'adapter':>9s}{'trainable':>11s}{'lr':>7s}{'seconds':>9s}"
     if "head" in blocks:
-        header += "  macro-F1 minus head's, per seed"
+        header += "  macro-F1 minus head's [95% interval]"
     lines = [header]
-    for name, method in methods.items():
+    for name, row in rows.items():
         block = blocks[name]
-        line = f"{name:14s}{spread(block['macro_f1']):>12s}{spread(block['auroc']):>12s}{'':15s}"
+        scores = [metrics.spread(block[key]) for key in ("macro_f1", "auroc")]
+        line = f"{name:24s}{scores[0]:>14s}{scores[1]:>14s}{'':15s}"
         for p in patterns:
             width = max(7, len(p))
             accuracies = block["by_pattern"].get(p, {"accuracy": []})["accuracy"]
             accuracies = [a for a in accuracies if a is not None]
             line += f" {np.mean(accuracies):{width}.3f}" if accuracies else f" {'-':>{width}s}"
-        jobs = [f"{name}-s{seed}-{method['lr']:g}" for seed in report["seeds"]]
-        seconds = np.mean([timings.get(job, 0.0) for job in jobs])
-        line += f"{method['adapter_params'][0]:9,d}{method['trainable_params'][0]:11,d}"
-        line += f"{method['lr']:7g}{seconds:9.1f}  "
+        if "lr" in row:
+            jobs = [f"{name}-s{seed}-{row['lr']:g}" for seed in content["seeds"]]
+            seconds = np.mean([timings.get(job, 0.0) for job in jobs])
+            line += f"{row['adapter_params'][0]:9,d}{row['trainable_params'][0]:11,d}"
+            line += f"{row['lr']:7g}{seconds:9.1f}"
+        else:
+            line += f"{'-':>9s}{'-':>11s}{'-':>7s}{'-':>9s}"
         if "head" in blocks and name != "head":
-            pairs = zip(block["macro_f1"], blocks["head"]["macro_f1"])
-            line += " ".join(f"{a - b:+.3f}" for a, b in pairs)
+            line += f"  {difference(block['macro_f1'], blocks['head']['macro_f1'])}"
         lines.append(line.rstrip())
     return lines
+
+
+def difference(ours, theirs, digits=3):
+    """'+0.068 [+0.055, +0.081]' of paired scores, without the interval for one seed."""
+    result = metrics.paired(ours, theirs)
+    text = f"{result['mean']:+.{digits}f}"
+    if result["n"] > 1:
+        text += f" [{result['low']:+.{digits}f}, {result['high']:+.{digits}f}]"
+    return text
 
 
 CONTROLS = {
@@ -204,52 +232,54 @@ CONTROLS = {
     "mora-open": "mora-open, which is told that all is present",
     "mora-shuffled": "mora-shuffled, which is told another sample's pattern",
     "full": "full fine-tuning",
+    "linear: words, numbers": "a linear model on words and numbers",
+    "linear: and pixels": "a linear model on words, numbers and small pictures",
+    "larger class": "always the larger class",
 }
 
 
-def mora_conclusion(report):
+def mora_conclusion(content):
     """Sentences from the first test row: what adapting gains, and whether knowing the pattern does."""
-    scores = {name: np.array(method["macro_f1"]) for name, method in report["methods"].items()}
-    seeds = len(report["seeds"])
+    rows = content["methods"] | content.get("baselines", {})
+    scores = {name: row["macro_f1"] for name, row in rows.items()}
+    seeds = len(content["seeds"])
     lines = []
     for name, description in CONTROLS.items():
         if "mora" not in scores or name not in scores:
             continue
-        difference = scores["mora"] - scores[name]
-        if np.isnan(difference).any():
+        if np.isnan([scores["mora"], scores[name]]).any():
             continue  # no finding of a seed's test split has a positive
-        wins = int((difference > 0).sum())
-        count = f"{wins} of {seeds} seeds, mean"
         if seeds == 1:
-            verdict = "is above" if wins else "is NOT above"
-            count = "one seed"
-        elif wins == seeds:
-            verdict = "beats"
+            gap = difference(scores["mora"], scores[name])
+            lines.append(f"MoRA minus {description}: {gap} macro-F1.")
         else:
-            verdict = "does NOT beat" if difference.mean() <= 0 else "does NOT reliably beat"
-        mean = f"{difference.mean():+.3f} macro-F1"
-        lines.append(f"MoRA {verdict} {description} ({count} {mean}).")
+            names = ("MoRA", description)
+            lines.append(metrics.verdict(scores["mora"], scores[name], names, " macro-F1"))
+        if name in content.get("over_samples", {}):
+            r = content["over_samples"][name]
+            lines.append(f"  Over the {r['n']} test samples of the one split: 95% interval "
+                         f"{r['low']:+.3f} to {r['high']:+.3f}.")
     if seeds == 1:
         lines.append("One seed: an illustration, not evidence.")
-    left_out = next(iter(report["methods"].values())).get("without_positive")
+    left_out = next(iter(content["methods"].values())).get("without_positive")
     if left_out:
         each = ", ".join(map(str, left_out))
         lines.append(f"Macro-F1 leaves out the findings without a positive in the test split "
                      f"({each} by seed).")
-    if report["synthetic_notes"]:
+    if content["synthetic_notes"]:
         lines.append(
             "The notes are synthetic notes, made from the labels: this says nothing about real reports."
         )
     return lines
 
 
-def mora_figure(report, path):
+def mora_figure(content, path):
     """Macro-F1 per method, each seed a dot; with several test rows a line per method, banded from
     seed to seed."""
     plt = pyplot()
     if plt is None:
         return print(f"no figure: pip install 'minilora[pictures]' draws {path.name}")
-    methods = report["methods"]
+    methods = content["methods"]
     tests = sorted(next(iter(methods.values()))["by_test"], key=table_order)
     fig, ax = plt.subplots(figsize=(6.4, 3.8), dpi=120)
     for i, (name, method) in enumerate(methods.items()):
@@ -269,8 +299,8 @@ def mora_figure(report, path):
         ax.set_xticks(range(len(methods)), list(methods), rotation=20)
         ax.set_xlim(-0.6, len(methods) - 0.4)
     ax.set_ylabel("macro-F1 on the test split")
-    title = f"{report['data']}, {data.origin(report)}; trained with {report['missing']} missing"
-    ax.set_title(f"{title}; {len(report['seeds'])} seed(s)", fontsize=9)
+    title = f"{content['data']}, {data.origin(content)}; trained with {content['missing']} missing"
+    ax.set_title(f"{title}; {len(content['seeds'])} seed(s)", fontsize=9)
     ax.grid(axis="y", alpha=0.3)
     save_figure(fig, path)
 

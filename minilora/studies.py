@@ -2,6 +2,7 @@
 
     python -m minilora.studies from-csv studies.csv --images pictures --out my.npz
     python -m minilora.studies inspect my.npz
+    python -m minilora.studies phantoms --out drawn.npz --fact image    # synthetic, to experiment
 
 Tables are read by pandas, pictures by Pillow and DICOM files by pydicom (`studies` extra). The same
 pictures and the same spreadsheet give the same arrays on every machine, as far as their decoders
@@ -27,6 +28,7 @@ import numpy as np
 
 from minilora import data, prepare, tables
 from minilora.data import Refused
+from minilora.phantoms import FACTS, phantoms
 from minilora.pictures import find_picture, outside, read_picture, read_pictures  # noqa: F401
 from minilora.tables import some
 from minilora.words import buckets_for, coverage, positions_for, words_of
@@ -65,6 +67,21 @@ class Inspect:
 
     file: Path  # Study file (.npz), or one of MedMNIST's own.
     out: Path | None = None  # The sheet; default: the study's name with .png.
+
+
+@dataclass
+class Phantoms:
+    """Write a study file of phantoms: synthetic chest studies, drawn by a program."""
+
+    out: Path = Path("phantoms.npz")  # Study file to write.
+    samples: int = 4000  # How many to draw.
+    size: int = 32  # Height and width of the images, pixels.
+    domain: Literal["target", "source"] = "target"  # Which scanner and hospital.
+    seed: int = 2  # Same settings, same bytes.
+    # Who tells the diagnosis. `usual`: image, words and numbers, each in part. `image`: the lesion
+    # decides, and no report states it; all that reports say is independent of it. `both`: the same
+    # images and reports, but each report states its lesion rightly. These two have no numbers.
+    fact: Literal["usual", "image", "both"] = "usual"
 
 
 # ------------------------------------------------------------------------------------- spreadsheet
@@ -535,14 +552,39 @@ def write_study(args):
     out = args.out or args.csv.with_suffix(".npz")
     if not 4 <= args.size <= 4096:
         raise Refused(f"--size is {args.size}; must be in 4..4096")
-    if out.suffix != ".npz":
-        raise Refused(f"--out {out}: must end in .npz")
-    if out.exists():
-        raise Refused(f"--out {out}: is there already; choose another name, or remove it")
+    _check_out(out)
     study, report = from_csv(args)
     print(*report, *describe(study), sep="\n")
     data.save_study(out, study)
     print(f"{out}: written; look at it with: python -m minilora.studies inspect {out}")
+
+
+def _check_out(out):
+    """`Refused` unless a study file can be written there without replacing anything."""
+    if out.suffix != ".npz":
+        raise Refused(f"--out {out}: must end in .npz")
+    if out.exists():
+        raise Refused(f"--out {out}: is there already; choose another name, or remove it")
+
+
+def write_phantoms(args):
+    """Draw phantoms and write their study file; nothing is written over."""
+    _check_out(args.out)
+    for name, value, low, high in (("samples", args.samples, 1, 10**6), ("size", args.size, 8, 256),
+                                   ("seed", args.seed, 0, 2**32 - 1)):
+        if not low <= value <= high:
+            raise Refused(f"--{name} is {value}; must be in {low}..{high}")
+    pixels = args.samples * args.size**2
+    if pixels > 2**25:
+        raise Refused(f"--samples {args.samples} of --size {args.size} have {pixels:,} pixels; "
+                      f"at most {2**25:,} are drawn at once")
+    study = phantoms(args.samples, args.seed, args.domain, args.size, **FACTS[args.fact])
+    if args.fact != "usual":
+        study = study.select(("image", "note"))
+    study.report = (f"phantoms of the {args.domain} domain, seed {args.seed}, fact {args.fact}",)
+    print(*describe(data.checked(study)), sep="\n")
+    data.save_study(args.out, study)
+    print(f"{args.out}: written; synthetic data, drawn by a program")
 
 
 def inspect(args):
@@ -562,7 +604,7 @@ def main(argv=None):
 
     with data.one_line_errors():
         args = tyro.cli(
-            FromCsv | Inspect,
+            FromCsv | Inspect | Phantoms,
             args=argv,
             prog="minilora.studies",
             description=__doc__.splitlines()[0],
@@ -570,6 +612,8 @@ def main(argv=None):
         )
         if isinstance(args, FromCsv):
             write_study(args)
+        elif isinstance(args, Phantoms):
+            write_phantoms(args)
         else:
             inspect(args)
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from minilora import checkpoint, data, diffusion, metrics
+from minilora.baselines import scores_of
 from minilora.data import Refused
 from minilora.models import check_base, check_entries, count, image_digests
 from minilora.models import kept_weights, load_selora, make_vit, note_encoder, ranks_in
@@ -50,7 +51,8 @@ def check(cfg):
     run, _, number = cfg.augment.rpartition(":")
     if cfg.augment and not (run and number.isdecimal() and int(number)):
         raise Refused(
-            f"--augment '{cfg.augment}' must be SELORA_RUN:COUNT with a count of at least 1"
+            f"--augment '{cfg.augment}' must be SELORA_RUN:COUNT, random:COUNT or own:COUNT with a "
+            "count of at least 1"
         )
     check_words(cfg)
     if cfg.base:
@@ -304,13 +306,14 @@ def work_ahead(cfg, vit_config, rates, grid):
     for method in cfg.methods:
         tries = 1 if method in rates or "" in rates else len(grid)
         number = cfg.seeds - 1 + tries
+        least = "" if tries == 1 else "at least "
         with torch.device("meta"):  # sizes only: nothing is allocated or drawn
             counts = count(attach(make_vit(vit_config), method, cfg.rank))
         trainable = counts["trainable_params"]
         total = counts["total_params"]
         yield (
             f"{method:14s} adapter {counts['adapter_params']:,}, trainable {trainable:,} of {total:,} "
-            f"({trainable / total:.2%}); {number} runs of {cfg.steps} steps"
+            f"({trainable / total:.2%}); {least}{number} runs of {cfg.steps} steps"
         )
 
 
@@ -323,17 +326,35 @@ def draw_task(cfg, study, seed):
     parts = data.split(study, seed, cfg.train_share)
     have = study.have()  # [N,M]
     texts = dict.fromkeys((cfg.missing, *tests_of(cfg)))
-    return {
+    draw = {
         "parts": parts,
-        "tables": {t: data.missing_table(have, study.modalities, t, seed) for t in texts},
+        "tables": {t: data.missing_table(have, study.modalities, t, seed, study.labels) for t in texts},
         "order": np.random.default_rng((seed, 14)).permutation(len(study)),
         "scales": numeric_scales(study, parts["train"]),
     }
+    if cfg.absent == "fill":
+        draw["donors"] = draw_donors(study, parts["train"], draw["tables"][cfg.missing], seed)
+    return draw
+
+
+def draw_donors(study, train, present, seed):
+    """[N,M] of whose content stands for what a sample lacks, with --absent fill: for each modality
+    a random training sample that the training table `present` [N,M] left it."""
+    rng = np.random.default_rng((seed, 23))
+    columns = []
+    for name, column in zip(study.modalities, present.T):
+        having = train[column[train]]
+        if not len(having):
+            raise Refused(f"--absent fill: no training sample of seed {seed} is left its {name}")
+        columns.append(rng.choice(having, len(present)))
+    return np.stack(columns, 1)
 
 
 def split_arrays(study, draw):
     """What split-sN.npz holds of a seed's draw: {name: array}."""
     arrays = {"modalities": np.array(study.modalities), **draw["parts"]}
+    if "donors" in draw:
+        arrays["donors"] = draw["donors"]
     arrays |= {f"present {text}": present for text, present in draw["tables"].items()}
     arrays |= {f"synthetic {k}": draw[k] for k in ("source", "images", "present") if k in draw}
     return arrays
@@ -344,10 +365,13 @@ def on(device, arrays):
     return {k: torch.from_numpy(np.ascontiguousarray(v)).to(device) for k, v in arrays.items()}
 
 
-def batch_at(inputs, rows):
+def batch_at(inputs, rows, content=None):
     """{modality: tensor} of some rows of a study's inputs: images are kept as uint8, and become
-    numbers in [-1,1] here."""
-    batch = {name: x[rows] for name, x in inputs.items()}
+    numbers in [-1,1] here. content [N,M]: whose content each row shows, where that is not its
+    own."""
+    batch = {}
+    for m, (name, x) in enumerate(inputs.items()):
+        batch[name] = x[rows if content is None else content[rows, m]]
     if "image" in batch:
         batch["image"] = batch["image"].float() / 127.5 - 1  # [B,ch,S,S]
     return batch
@@ -359,7 +383,7 @@ def load_task(study, draw, missing, vit_config, device):
 
     inputs {modality: [N,...]}, labels [N] or [N,C], train: row numbers, present and shuffled [N,M]
     (each sample's own presence and another's), tables {TYPE:RATE: [N,M]}, order: whose presence a
-    row has in `shuffled`."""
+    row has in `shuffled`, content {TYPE:RATE: [N,M] whose content a row shows, or None: its own}."""
     train = draw["parts"]["train"]
     tables = draw["tables"]
     order = draw["order"]
@@ -375,10 +399,17 @@ def load_task(study, draw, missing, vit_config, device):
         others = np.random.default_rng(22).permutation(len(source))
         order = np.concatenate([order, real + others])
     inputs = data.model_inputs(study, *input_sizes(vit_config), draw["scales"])
+    content = dict.fromkeys(tables)
+    if "donors" in draw:
+        own = np.arange(len(study))[:, None]
+        donors = draw["donors"]
+        content = {k: np.where(have, own, donors[own[:, 0] % len(donors)]) for k, have in tables.items()}
+        content = on(device, content)
     tables = on(device, {k: v.astype(np.float32) for k, v in tables.items()})
     present = tables[missing]
     return {
         "inputs": on(device, inputs),
+        "content": content,
         "labels": torch.from_numpy(study.labels).to(device),
         "train": train,
         "present": present,
@@ -405,14 +436,19 @@ def finished_job(cfg, ctx, method, seed, path, name):
         present = draw["tables"][text][draw["parts"]["test"]]
         counts[text] = Counter(data.pattern_name(row, ctx.study.modalities) for row in present)
     tests = {}
+    shapes = {}
     for text, scores in content["result"]["by_test"].items():
         tests[text] = {name: pattern["n"] for name, pattern in scores["by_pattern"].items()}
+        rows = scores["probabilities"]
+        shapes[text] = (len(rows), {len(row) for row in rows})
+    shape = (len(draw["parts"]["test"]), {ctx.vit["classes"]})
     check_entries(path, {
         "method": (content["method"], method),
         "seed": (content["seed"], seed),
         "rank": (content["rank"], cfg.rank),
         "scales": (content["scales"], listed(draw["scales"])),
         "result.by_test": (tests, counts),
+        "result.by_test.probabilities": (shapes, dict.fromkeys(tests, shape)),
     })
     return content
 
@@ -423,15 +459,75 @@ def listed(scales):
 
 
 def draw_studies(cfg, study, draw, seed, device):
-    """Synthetic studies for --augment: which sample each takes words, numbers and label from, its
-    image, its presence.
+    """Studies to add for --augment: which training sample each takes words, numbers and label from
+    (`source`), its image, its presence.
 
-    The images come from the run's adapter of this seed. `Refused` if that run saw a sample that
-    this seed does not train on, or another study."""
+    The image is drawn from the words by a run of SeLoRA; `random`: it is another patient's;
+    `own`: the sample's own. Nothing is used that the training table withheld: neither words,
+    numbers and images here, nor pairs that taught SeLoRA."""
     run, _, count = cfg.augment.rpartition(":")
     if not {"image", "note"} <= set(study.modalities):
         modalities = ", ".join(study.modalities)
         raise Refused(f"--augment draws images from notes; the modalities are {modalities}")
+    train = draw["parts"]["train"]
+    table = draw["tables"][cfg.missing]  # [N,M]
+    has_image = table[:, study.modalities.index("image")]
+    has_note = table[:, study.modalities.index("note")]
+    worded = train[has_note[train]]
+    usable = has_image if run == "own" else has_note
+    if not usable[worded].any():
+        needed = "note and image" if run == "own" else "note"
+        raise Refused(f"--augment {cfg.augment}: no training sample of seed {seed} is left its "
+                      f"{needed} by --missing {cfg.missing}")
+    source = source_rows(worded, usable, int(count), seed)
+    if run == "own":
+        images = study.images[source]
+    elif run == "random":
+        images = study.images[others_of(source, train[has_image[train]], study, seed)]
+    else:
+        whole = train[(has_image & has_note)[train]]
+        images = drawn_images(cfg, run, study, source, train, whole, seed, device)
+    complete = table[source]
+    complete[:, study.modalities.index("image")] = True
+    labels = study.labels[source]
+    present = data.missing_table(complete, study.modalities, cfg.missing, seed + 10**6, labels)
+    return {
+        "source": source,
+        "images": data.resize(images, cfg.image_size),
+        "present": present,
+    }
+
+
+def source_rows(worded, usable, count, seed):
+    """[count] of the rows `worded`, drawn with replacement. Those not `usable` [N] are drawn too and
+    passed over, so that two draws with other usable rows share what they can."""
+    rng = np.random.default_rng((seed, 18))
+    rows = np.empty(0, int)
+    while len(rows) < count:
+        more = worded[rng.integers(0, len(worded), count)]
+        rows = np.concatenate([rows, more[usable[more]]])
+    return rows[:count]
+
+
+def others_of(source, imaged, study, seed):
+    """[n] of the rows `imaged`: for each source row a random one of another patient."""
+    group = data.groups(study)  # [N]
+    rng = np.random.default_rng((seed, 24))
+    rows = []
+    for row in source:
+        others = imaged[group[imaged] != group[row]]
+        if not len(others):
+            raise Refused(f"--augment random: no training sample of seed {seed} that is left its "
+                          f"image is of another patient than sample {row}")
+        rows.append(rng.choice(others))
+    return np.array(rows)
+
+
+def drawn_images(cfg, run, study, source, train, whole, seed, device):
+    """uint8 images that the run's adapter of this seed draws from the words of the source rows.
+
+    `Refused` if that run is of another study, or saw a sample that this seed does not train on, or
+    a pair that is not among `whole`, those that the training table left."""
     saved, model, vae = load_selora(run, None, seed)
     checkpoint.check_form(Path(run) / "model.pt", saved, {"study": str})
     if saved["study"] != data.fingerprint(study.select(("image", "note"), False)):
@@ -439,22 +535,23 @@ def draw_studies(cfg, study, draw, seed, device):
             f"--augment {run}: was trained on {saved['data']}, another study than this run's "
             f"{study.name}"
         )
-    train = draw["parts"]["train"]
     path = Path(run) / f"split-s{seed}.npz"
     seen = data.read_npz(path).get("train")
     if seen is None or seen.ndim != 1 or seen.dtype.kind not in "iu":
         raise Refused(f"{path}: entry 'train' is missing or not a list of rows")
-    outside = ~np.isin(seen, train)
-    if outside.any():
+    outside = int((~np.isin(seen, train)).sum())
+    if outside:
         raise Refused(
-            f"--augment {run}: at seed {seed} it saw {int(outside.sum())} samples outside this run's "
-            "training split; train it with the same --train-share"
+            f"--augment {run}: at seed {seed} it saw {outside} samples outside this run's training "
+            "split; train it with the same --train-share"
         )
-    have = study.have()
-    worded = train[have[train][:, study.modalities.index("note")]]
-    if not len(worded):
-        raise Refused("--augment draws from words, and no training sample has any")
-    source = worded[np.random.default_rng((seed, 18)).integers(0, len(worded), int(count))]
+    withheld = int((~np.isin(seen, whole)).sum())
+    if withheld:
+        raise Refused(
+            f"--augment {run}: at seed {seed} it saw {withheld} samples of which --missing "
+            f"{cfg.missing} withholds the image or the note here; train it with --table RUN, a run "
+            "of train_mora.py on the same data with the same seeds, --missing and --train-share"
+        )
     config = saved["config"]
     ids = tokenize(study.notes[source], config["buckets"], config["positions"])
     images = diffusion.draw_images(
@@ -469,14 +566,7 @@ def draw_studies(cfg, study, draw, seed, device):
             f"--augment {run}: draws images {list(images.shape[1:])}; {study.name} has "
             f"{list(study.images.shape[1:])}"
         )
-    complete = have[source]
-    complete[:, study.modalities.index("image")] = True
-    present = data.missing_table(complete, study.modalities, cfg.missing, seed + 10**6)
-    return {
-        "source": source,
-        "images": data.resize(images, cfg.image_size),
-        "present": present,
-    }
+    return images
 
 
 # ---- jobs
@@ -506,11 +596,13 @@ class Context:
 
 
 @torch.no_grad()
-def predict(model, method, task, rows, present, shuffled, size=64):
-    """Probabilities [n,C] float64 of the rows under a presence table [N,M], `size` rows at once."""
+def predict(model, method, task, rows, text, size=64):
+    """Probabilities [n,C] float64 of the rows under a missing table, `size` rows at once."""
+    present = task["tables"][text]
+    shuffled = present[task["order"]]
     parts = []
     for part in torch.from_numpy(rows).split(size):
-        batch = batch_at(task["inputs"], part)
+        batch = batch_at(task["inputs"], part, task["content"][text])
         gate = gates(method, present[part], shuffled[part])
         logits = model(batch, present[part], gate).double()
         multilabel = task["labels"].ndim == 2
@@ -519,24 +611,13 @@ def predict(model, method, task, rows, present, shuffled, size=64):
 
 
 def evaluate(cfg, ctx, model, method, task, draw):
-    """{'val': scores, 'by_test': {TYPE:RATE: scores, with accuracy by pattern}} on the held-out
-    splits."""
-    labels = ctx.study.labels
+    """{'val': scores, 'by_test': {TYPE:RATE: `baselines.scores_of` the test rows}}."""
     rows = draw["parts"]["val"]
-    p = predict(model, method, task, rows, task["present"], task["shuffled"], cfg.batch)
-    result = {"by_test": {}, "val": metrics.scores(labels[rows], p)}
-    rows = draw["parts"]["test"]
+    p = predict(model, method, task, rows, cfg.missing, cfg.batch)
+    result = {"by_test": {}, "val": metrics.scores(ctx.study.labels[rows], p)}
     for text in tests_of(cfg):
-        present = task["tables"][text]
-        p = predict(model, method, task, rows, present, present[task["order"]], cfg.batch)
-        table = draw["tables"][text][rows]
-        names = np.array([data.pattern_name(row, ctx.study.modalities) for row in table])
-        by_pattern = {}
-        for name in np.unique(names).tolist():
-            here = names == name
-            accuracy = metrics.scores(labels[rows][here], p[here])["accuracy"]
-            by_pattern[name] = {"n": int(here.sum()), "accuracy": accuracy}
-        result["by_test"][text] = metrics.scores(labels[rows], p) | {"by_pattern": by_pattern}
+        p = predict(model, method, task, draw["parts"]["test"], text, cfg.batch)
+        result["by_test"][text] = scores_of(ctx.study, draw, text, p)
     return result
 
 

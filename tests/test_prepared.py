@@ -56,7 +56,7 @@ def test_the_record_goes_with_study_run_and_export(imported):
     assert study.prepared == {"size": 48, "fit": "pad", "rgb": False, "na": ["-999"], "mask_words": ["covid", "pneumonie"], "mask": "mark",
                               "numbers": {"labs": {"crp": {"decimal": ",", "thousands": ""}}}}
     assert serve.own_manifest(folder / "r/onnx")["prepared"] == study.prepared
-    assert len(np.unique(data._groups(study))) == 60, "placeholder patients are nobody's siblings"
+    assert len(np.unique(data.groups(study))) == 60, "placeholder patients are nobody's siblings"
 
 
 def test_a_file_gives_the_input_that_training_saw(imported):
@@ -139,7 +139,7 @@ def test_runs_that_prepared_notes_otherwise_share_no_hot_swap_folder(imported, m
 def test_a_patient_written_two_ways_is_one(tmp_path):
     study = phantoms(40, 0).select(("image", "note"))
     study.patients = np.array([*(f"{i}" for i in range(20)), *(f"{i}.0" for i in range(18)), "P7\u200b", "p7"])
-    assert len(np.unique(data._groups(study))) == 21
+    assert len(np.unique(data.groups(study))) == 21
 
 
 @pytest.mark.parametrize("name,note", [("pneumonia", "pneu\u00admonia seen"), ("fibrosis", "ﬁbrosis"), ("pleural effusion", "Pleural  effusion"), ("癌", "确诊肺癌")])
@@ -232,7 +232,7 @@ def test_spellings_of_missing_are_missing_everywhere(imported, text):
     study.patients = np.array([text, text, *(f"p{i}" for i in range(18))])
     data.save_study(imported[0] / "m.npz", study)
     read = data.load_study(imported[0] / "m.npz")
-    assert read.notes[0] == "" and read.patients[0] == "" and len(np.unique(data._groups(read))) == 20
+    assert read.notes[0] == "" and read.patients[0] == "" and len(np.unique(data.groups(read))) == 20
 
 
 def test_ids_and_positions_that_words_need():

@@ -206,7 +206,7 @@ def test_what_is_missing_is_counted_and_left_out_of_the_images(folder, capsys):
     bare = convert(tmp_path, out="bare.npz")
     assert len(bare) == 18 and "left out   1 rows without a picture, words or numbers, in lines (20)" in capsys.readouterr().out
     s.images[12:14] = 0
-    groups = data._groups(s)
+    groups = data.groups(s)
     assert groups[12] != groups[13]  # two missing images are not the same image
 
 

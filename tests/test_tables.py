@@ -184,7 +184,7 @@ def test_a_spelling_of_missing_is_missing_everywhere(spelling, tmp_path):
     assert [*np.flatnonzero(study.labels < 0)] == [*range(1, n, 4)] and study.class_names == ["a", "b"]
     assert [*np.flatnonzero(np.isnan(study.numeric["tabular"][:, 0]))] == [*range(2, n, 4)]
     assert [i for i in range(n) if not study.patients[i]] == [*range(3, n, 4)]
-    assert len({*data._groups(study)}) == n, "placeholder patients are nobody's siblings"
+    assert len({*data.groups(study)}) == n, "placeholder patients are nobody's siblings"
     for name in ("note", "label", "age", "patient"):
         assert f"missing    {name}: {spelling or 'empty'} 6" in report
 

@@ -17,12 +17,13 @@ from test_export import copied, only_refused
 
 import export
 import train_mora
-from minilora import checkpoint, data, loop, metrics, selora, serve_cli
+from minilora import baselines, checkpoint, data, loop, metrics, rates, selora, serve_cli
+from minilora.loop import NotFinite
 from minilora.models import build, image_digests, load_head, make_vit
 from minilora.mora import METHODS, attach
 from minilora.phantoms import LABS, phantoms
 from minilora.report import mora_conclusion
-from minilora.task import finished_job, input_sizes, on, predict
+from minilora.task import batch_at, draw_task, finished_job, input_sizes, load_task, on, predict
 from minilora.vit import ViT
 from minilora.data import Refused
 
@@ -65,8 +66,9 @@ def test_model_pt_rebuilds_the_model_alone(tiny):
     inputs = on("cpu", data.model_inputs(study, *input_sizes(saved["config"]), scales))
     drawn = data.read_npz(run / "split-s0.npz")
     present = torch.from_numpy(drawn["present any:0.7"].astype(np.float32))
-    task = {"inputs": inputs, "labels": torch.from_numpy(study.labels)}
-    p = predict(model, "mora", task, drawn["test"], present, present)
+    task = {"inputs": inputs, "labels": torch.from_numpy(study.labels), "order": np.arange(240)}
+    task |= {"tables": {"any:0.7": present}, "content": {"any:0.7": None}}
+    p = predict(model, "mora", task, drawn["test"], "any:0.7")
     report = json.loads((run / "metrics.json").read_text())
     assert (p.argmax(1) == study.labels[drawn["test"]]).mean() == report["methods"]["mora"]["accuracy"][0]
 
@@ -124,13 +126,34 @@ def test_rates_are_picked_on_validation_and_the_winner_is_not_trained_again(tmp_
     adapt = train_mora.adapt
     monkeypatch.setattr(train_mora, "adapt", lambda cfg, model, *a: (trained.append(a[:3]), adapt(cfg, model, *a))[1])
     train_mora.main([*argv, "--out", "r", "--seeds", "2"])
-    assert len(trained) == 2 * (3 + 1)
     report, said = json.loads((tmp_path / "r/metrics.json").read_text()), capsys.readouterr().out
+    assert len(trained) == sum(len(m["lr_grid"]) + 1 for m in report["methods"].values())
     for name, m in report["methods"].items():
-        assert m["lr_grid"][f"{m['lr']:g}"] == max(m["lr_grid"].values()) and len(m["lr_grid"]) == 3
-        assert f"{name}: learning rate {m['lr']:g}, picked on seed 0's validation split" in said
+        grid = {float(rate): score for rate, score in m["lr_grid"].items()}
+        assert grid[m["lr"]] == max(grid.values()) and {*train_mora.LR_GRID} <= {*grid}
+        inside = min(grid) < m["lr"] < max(grid)
+        assert inside or len(grid) == 3 + rates.WIDEST  # widened until the best is inside, or given up
+        assert f"{name}: learning rate by macro-F1 on the validation rows at seed 0: {m['lr']:g} (" in said
         kept = checkpoint.load(tmp_path / f"r/adapters/{name}-s0.pt")
         assert kept["lr"] == m["lr"] and kept["seed"] == 0
+
+
+def test_a_grid_is_widened_until_its_best_rate_is_inside(capsys):
+    grid = (0.003, 0.01, 0.03)
+    best, scores = rates.pick(grid, lambda rate: -abs(rate - 0.3))
+    assert best == 0.3 and [*scores] == [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
+    best, scores = rates.pick(grid, lambda rate: -abs(rate - 0.01))
+    assert best == 0.01 and [*scores] == [*grid]
+    best, scores = rates.pick(grid, lambda rate: -rate)  # lower is better for ever: it ends
+    assert len(scores) == 3 + rates.WIDEST and best == min(scores) and "at the edge" in rates.described(best, scores)
+
+    def diverges(rate):
+        if rate > 0.03:
+            raise NotFinite("the loss is nan at step 3")
+        return rate
+
+    best, scores = rates.pick(grid, diverges)
+    assert best == 0.03 and scores[0.1] == -math.inf and "0.1 is left out: the loss is nan at step 3" in capsys.readouterr().out
 
 
 def test_a_locked_head_is_the_one_that_head_trained(tmp_path, monkeypatch):
@@ -335,13 +358,19 @@ def test_the_loss_check_names_step_and_samples():
 
 def test_conclusion_is_computed_and_admits_defeat():
     method = lambda *v: {"macro_f1": list(v)}
-    report = {"seeds": [0, 1], "synthetic": True, "synthetic_notes": True,
-              "methods": {"head": method(0.4, 0.5), "lora": method(0.6, 0.7), "mora": method(0.5, 0.6), "mora-open": method(0.4, 0.65)}}
+    six = np.arange(6) / 100
+    report = {"seeds": [*range(6)], "synthetic": True, "synthetic_notes": True, "methods": {
+        "head": method(*(0.4 + six)), "lora": method(*(0.6 + six)), "mora": method(*(0.5 + 2 * six)),
+        "mora-open": method(*(0.5 + 2 * six[::-1]))}}
     said = mora_conclusion(report)
-    assert "MoRA beats head-only (2 of 2 seeds, mean +0.100 macro-F1)." in said
-    assert any("does NOT beat lora" in s and "-0.100" in s for s in said)
-    assert any("does NOT reliably beat mora-open" in s and "1 of 2 seeds" in s for s in said)
+    assert any(s.startswith("MoRA beats head-only: mean +0.125 macro-F1, 95% interval +0.105 to +0.145, above on 6 of 6 seeds, p = 0.031") for s in said)
+    assert any(s.startswith("MoRA is beaten by lora") and "mean -0.075" in s for s in said)
+    assert any(s.startswith("No difference that 6 seeds can show between MoRA and mora-open") and "p = 1" in s for s in said)
     assert any("synthetic notes" in s for s in said)
+    for m in report["methods"].values():
+        m["macro_f1"] = m["macro_f1"][:3]
+    report["seeds"] = [0, 1, 2]
+    assert not any("beat" in s for s in mora_conclusion(report))  # three of three is chance one time in four
     report["seeds"], report["methods"] = [0], {k: method(m["macro_f1"][0]) for k, m in report["methods"].items()}
     said = mora_conclusion(report)
     assert any("One seed: an illustration" in s for s in said) and not any("beat" in s for s in said)
@@ -491,3 +520,90 @@ def test_every_entry_of_a_stopped_training_counts(tmp_path, monkeypatch, capsys)
 
     fewer = [f"optimizer.state.{i} delete" for i in range(20)]  # what got no gradient has no moments
     assert only_refused(path, checkpoint.FORMS["resume"], read, fewer) > 300
+
+
+def test_filled_inputs_are_other_training_samples_and_tell_nothing():
+    study = phantoms(240, 2).select(("image", "note", "vitals"))
+    cfg = train_mora.Config(absent="fill", missing="any:0.7", test_missing=("any:0.3",))
+    draw = draw_task(cfg, study, 0)
+    train, donors, table = draw["parts"]["train"], draw["donors"], draw["tables"]["any:0.7"]
+    assert donors.shape == (240, 3) and np.isin(donors, train).all()
+    for m in range(3):  # what the table withheld of a donor is not used
+        assert table[donors[:, m], m].all()
+    config = {"image_size": 32, "channels": 1, "buckets": 2048, "positions": 12, "absent": "fill"}
+    task = load_task(study, draw, "any:0.7", config, "cpu")
+    for text in ("any:0.7", "any:0.3"):
+        batch = batch_at(task["inputs"], torch.arange(240), task["content"][text])
+        own = batch_at(task["inputs"], torch.arange(240))
+        for m, name in enumerate(study.modalities):
+            given = batch_at(task["inputs"], torch.from_numpy(donors[:, m]))[name]
+            have = torch.from_numpy(draw["tables"][text][:, m])
+            for row in range(240):
+                wanted = own if have[row] else {name: given}
+                assert torch.equal(batch[name][row].nan_to_num(9), wanted[name][row].nan_to_num(9))
+    vit = make_vit({"modalities": ["image", "note"], "classes": 2, "width": 16, "heads": 2, "depth": 1, "absent": "fill"})
+    batch = {name: batch[name] for name in ("image", "note")}
+    with torch.no_grad():  # presence changes nothing but what the adapter is told
+        assert torch.equal(vit(batch, torch.ones(240, 2)), vit(batch, torch.zeros(240, 2)))
+    with pytest.raises(Refused, match="no training sample of seed 0 is left its image"):
+        draw_task(replace(cfg, missing="image:1"), study, 0)
+
+
+def test_mora_is_told_what_was_filled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_mora.main([*SHORT, "--out", "r", "--absent", "fill"])
+    saved = checkpoint.load(tmp_path / "r/model.pt", "mora")
+    split = data.read_npz(tmp_path / "r/split-s0.npz")
+    assert saved["config"]["absent"] == "fill" and split["donors"].shape == (240, 2)
+    model = build(saved["config"], saved["base"], "mora", 4, 0, saved["adapter"]["state"])
+    batch = {"image": torch.zeros(2, 1, 32, 32), "note": torch.ones(2, 12, dtype=torch.long)}
+    told = model(batch, None, torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+    assert not torch.allclose(told[0], told[1])
+
+
+def test_baselines_are_what_their_names_say():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 400) | (rng.random(400) < 0.4)  # the larger class is 1
+    notes = np.array([f"w{y} filler{i % 7}" for i, y in enumerate(labels)])
+    images = rng.integers(1, 200, (400, 32, 32)).astype(np.uint8)
+    study = data.Study("s", labels, ["a", "b"], images=images, notes=notes)
+    cfg = train_mora.Config(missing="note:0.5", test_missing=("any:0", "note:1"))
+    draws = {seed: draw_task(cfg, study, seed) for seed in range(2)}
+    rows = baselines.rows(study, draws, cfg.missing, ["any:0", "note:1"])
+    assert [*rows] == ["larger class", "linear: words, numbers", "linear: and pixels"]
+    for result, draw in zip(rows["larger class"], draws.values()):
+        assert result["by_test"]["any:0"]["accuracy"] == labels[draw["parts"]["test"]].mean()
+        assert result["by_test"]["any:0"]["auroc"] == 0.5
+    for result in rows["linear: words, numbers"]:
+        assert result["by_test"]["any:0"]["macro_f1"] == 1  # a word tells the label
+        assert result["by_test"]["note:1"]["auroc"] == 0.5  # and without notes nothing does
+    study.notes = np.array([f"x{i}" for i in range(400)])
+    study.images = (images // 4 + 100 * labels[:, None, None]).astype(np.uint8)
+    rows = baselines.rows(study, draws, cfg.missing, ["any:0"])
+    assert rows["linear: and pixels"][0]["by_test"]["any:0"]["macro_f1"] == 1
+    assert rows["linear: words, numbers"][0]["by_test"]["any:0"]["auroc"] == 0.5
+
+
+def test_a_linear_baseline_of_several_findings_and_words_of_training_notes_alone():
+    rng = np.random.default_rng(1)
+    findings = rng.integers(0, 2, (300, 2))
+    notes = np.array([" ".join(f"f{c}" for c in range(2) if row[c]) or "none" for row in findings])
+    findings[rng.random((300, 2)) < 0.2] = -1
+    model = baselines.logistic(torch.from_numpy(baselines.bag_of_words(notes, range(200))), findings, 2, 1e-3)
+    p = model(torch.from_numpy(baselines.bag_of_words(notes, range(200))))
+    known = findings >= 0
+    assert (((p > 0.5) == (findings == 1))[known]).all()
+    bag = baselines.bag_of_words(["a b", "b c", "d"], [0, 1])
+    assert bag.shape == (3, 3) and not bag[2].any()  # d is in no training note
+
+
+def test_paired_scores_against_known_values():
+    found = metrics.paired([1, 2, 3, 4, 5], [0, 0, 0, 0, 6])
+    assert found["mean"] == 1.8 and found["wins"] == 4 and found["losses"] == 1
+    assert found["p"] == pytest.approx(2 * (1 + 5) / 32)
+    half = 2.776445 * np.std([1, 2, 3, 4, -1], ddof=1) / np.sqrt(5)  # Student's t of 4 degrees of freedom
+    assert found["high"] - found["mean"] == pytest.approx(half, rel=1e-4)
+    assert metrics.sign_test(9, 1) == pytest.approx(22 / 1024) and metrics.sign_test(0, 0) == 1
+    assert math.isnan(metrics.paired([1], [0])["low"])
+    assert metrics.verdict([1.0] * 6, [2.0] * 6, ("a", "b"), less=True).startswith("a beats b: mean -1.000")
+    assert metrics.verdict([1.0, math.nan], [2.0] * 2, ("a", "b")) == "a against b: a seed has no score, so there is no comparison."
