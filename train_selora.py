@@ -25,15 +25,16 @@ import torch
 import tyro
 
 from minilora import checkpoint, data, diffusion, judge, ranks, report_selora, samples, selora
+from minilora.allocate import neyman_gradients, read_values, values_of
 from minilora.cli import Bounds, Natural, Positive, Share, guarded
 from minilora.data import refusing
 from minilora.loop import Log, Loop, rows_at, warm_cosine
 from minilora.models import changed_words, load_judge, put_words
-from minilora.processes import average, leader, own_part, pick_device, wait, world
+from minilora.processes import leader, own_part, pick_device, wait
 from minilora.ranks import ranks_of
 from minilora.report_selora import REFERENCES
-from minilora.samples import judge_of, pixels, set_grain
-from minilora.task import buckets, check_words, finished_rule, latents, read_studies
+from minilora.samples import evaluate, judge_of, notes_with, pixels, set_grain, stratified
+from minilora.task import buckets, check_words, finished_rule, latents, left_by_table, read_studies
 from minilora.task import reconstruction_error
 from minilora.unet import Denoiser
 from minilora.vae import VAE, augment, vae_loss
@@ -62,8 +63,10 @@ class Config:
     synthetic_notes: bool = False  # Attach templated notes to files that have none.
     # Runs per rule; a seed sets split, initial adapter and batches.
     seeds: Positive = 3
-    # How ranks are found: ratio (the paper's), gain, neyman, fixed (uniform LoRA), replay, or the
-    # controls random, cheapest, inverse-cost.
+    # How ranks are found. They grow by ratio (the paper's) or gain; a plan of neyman or probe-svd,
+    # which a tenth of the steps go to, has all open from the start; fixed (--rank in every layer)
+    # and uniform (equal ranks at --budget) are plain LoRA; replay takes another run's. The controls
+    # are inverse-cost, random, random-grown, cheapest.
     rule: str = "ratio"
     lam: float = 1.3  # `ratio`: a layer grows where its FI-Ratio is at least this.
     every: Positive = 40  # Steps between two probes.
@@ -73,8 +76,7 @@ class Config:
     fisher: str = "probe"
     rank: int = 1  # Rank of every layer at the start.
     capacity: Positive = 8  # Highest rank of a layer.
-    # Adapter parameters that gain, neyman, random, cheapest and inverse-cost may spend; 0: what
-    # uniform rank 2 costs.
+    # Adapter parameters that a rule may spend; 0: what uniform rank 2 costs, and for ratio no limit.
     budget: Natural = 0
     # Run folder whose final ranks `--rule replay` starts from, seed by seed.
     replay: Path | None = None
@@ -86,12 +88,20 @@ class Config:
     # Train also the vectors of words that at least so many training notes have: adapters of low
     # rank cannot tell new words apart, and rare ones would learn single images by heart. 0: none.
     word_notes: Natural = 20
-    # Run every rule at the budgets of uniform rank 1 and 2, and print the comparison.
+    # Run of train_mora.py whose missing table holds here: only pairs of its training rows are adapted
+    # to of which it left image and words.
+    table: Path | None = None
+    # Run every rule at each of --budgets, with the judge's guidance 0 left out, and compare them.
     rules_table: bool = False
+    # Budgets of --rules-table, as the uniform rank that costs as much.
+    budgets: tuple[int, ...] = (1, 2, 3)
+    rows: tuple[str, ...] = ()  # Rules that --rules-table is restricted to; default: all.
     steps: Positive = 900  # Adaptation steps.
     batch: Positive = 32  # Samples per step.
-    # Peak learning rate of adapters; full fine-tuning gets a tenth.
-    lr: Annotated[float, Bounds(above=0, below=10)] = 1e-2
+    # A peak learning rate for all rules, or RULE:RATE for some and `full`; default: the best of
+    # 0.003, 0.01, 0.03 (full: a tenth) by the loss of seed 0's validation rows, and of more at an
+    # edge. With B = 0 Adam's first step is proportional to rank x scale x rate: ranks share no best.
+    lr: tuple[str, ...] = ()
     image_size: Positive = 32  # Images are resized to this.
     factor: Positive = 2  # Image size over latent size, a power of two.
     latent: Positive = 4  # Latent channels.
@@ -159,14 +169,7 @@ class Pairs:
         return rows, t, noise, diffusion.drop_words(self.ids[rows], generator)
 
 
-def stratified(part, within, steps):
-    """Timesteps [n] int64, each from its part [n] of n equal parts of a schedule, at `within`, in
-    [0, 1], of that part."""
-    t = (part + within) / len(part) * steps
-    return t.long().clamp(max=steps - 1)  # rounding reaches the end now and then
-
-
-def adapt(cfg, pairs, model, job, seed, train, log, stop):
+def adapt(cfg, pairs, model, job, seed, lr, train, log, stop):
     """Train what is not frozen and grow the ranks; returns seconds and [[step, {layer: rank}], ...]."""
     device = pairs.z.device
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -175,29 +178,28 @@ def adapt(cfg, pairs, model, job, seed, train, log, stop):
         if cfg.word_notes:  # without decay, which would change words that get no gradient
             words = [model.text.words.weight]
             trainable.append({"params": words, "weight_decay": 0.0})
-    lr = cfg.lr / 10 if job.rule == "full" else cfg.lr
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.01, fused=pairs.z.is_cuda)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(cfg.steps))
     compiled = torch.compile(model) if cfg.compile else model
     half = torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp)
-    probes = ranks.probe_steps(cfg, job.rule, job.rank)
     fisher = cfg.fisher if job.rule in ("ratio", "gain") else ""  # the others read no scores
     expected = job.rule == "gain" or cfg.ratio_of == "expected"
 
     def rows_of(step):
         return train[rows_at(seed, step, len(train), cfg.batch)]
 
-    loop = Loop(f"{job.name} s{seed}", cfg.steps, model, rows_of, cfg.out / "last.pt", stop,
+    loop = Loop(f"{job.name} s{seed} lr {lr:g}", cfg.steps, model, rows_of, cfg.out / "last.pt", stop,
                 optimizer=optimizer, schedule=schedule, save_every=SAVE_EVERY, together=True,
                 log=log, log_every=LOG_EVERY,
-                fields={"method": job.name, "rule": job.rule, "seed": seed},
+                fields={"method": job.name, "rule": job.rule, "seed": seed, "lr": lr},
                 counts=lambda: {"adapter_params": selora.adapter_parameters(model)})
     history = loop.kept.setdefault("history", [[0, ranks_of(model)]])
-    start = ranks.cost_of(model, history[0][1])
+    openings = ranks.openings(cfg, job, model, history[0][1])  # {step: parameters allowed}
+    rule = job.rule.removesuffix("-grown")
     for step in loop:  # goes on where a stopped run was
         batch = pairs.batch_at(seed, step, train, cfg.batch)
         rows, t, noise, words = (own_part(x, cfg.batch) for x in batch)  # this process's part
-        probing = step in probes
+        probing = step in openings
         use_probe = probing and fisher == "probe"
         optimizer.zero_grad()
         with selora.FisherProbe(model, expected) if use_probe else nullcontext() as probe:
@@ -212,40 +214,12 @@ def adapt(cfg, pairs, model, job, seed, train, log, stop):
         loop.note(loss)  # averages over processes; a NaN stops the run
         if probing:
             scores = loop.finite(probe.scores() if probe else scores)
-            allowed = ranks.budget_at(step, job, probes, start)
             chance = torch.Generator().manual_seed(1000 * seed + step)
-            if selora.grow(model, scores, job.rule, cfg.lam, cfg.ratio_of, allowed, chance):
+            if selora.grow(model, scores, rule, cfg.lam, cfg.ratio_of, openings[step], chance):
                 history.append([step, ranks_of(model)])  # same tensors, same output as before
         optimizer.step()
         schedule.step()
     return loop.seconds, history
-
-
-@torch.no_grad()
-def heldout_loss(model, pairs, rows, draws=8):
-    """Mean denoising loss over the rows with fixed timesteps (stratified) and noise: differences
-    are the model's. Of several processes each takes a part of the rows."""
-    device = pairs.z.device
-    steps = len(pairs.alphas)
-    n = len(rows)
-    rank, processes = world()
-    rows = torch.from_numpy(rows).to(device)
-    total = torch.zeros(1, dtype=torch.float64)
-    for k in range(draws):
-        generator = torch.Generator().manual_seed(10_000 + k)
-        t = stratified(torch.arange(n), torch.rand(n, generator=generator), steps)  # [n]
-        t = t[torch.randperm(n, generator=generator)].to(device)
-        noise = torch.randn(n, *pairs.z.shape[1:], generator=generator).to(device)
-        for part in torch.arange(rank, n, processes, device=device).split(256):
-            z = pairs.z[rows[part]]
-            ids = pairs.ids[rows[part]]
-            losses = diffusion.denoising_loss(
-                model, z, ids, t[part], noise[part], pairs.alphas, per_sample=True
-            )
-            total += losses.sum().item()
-    total = total.to(device)
-    average([total])
-    return total.item() * processes / draws / n
 
 
 # ---- the base
@@ -326,7 +300,9 @@ class Context:
     vae: VAE
     log: Log
     stop: object
+    costs: dict  # {layer: parameters of one rank}
     replay: dict  # {seed: ranks that --rule replay starts from}
+    rates: dict = field(default_factory=dict)  # {rule: (learning rate, {rate: validation loss})}
     judges: dict = field(default_factory=dict)  # {seed: its `Judge`}, empty without --judge
 
     def model(self):
@@ -336,28 +312,26 @@ class Context:
         return model.to(self.pairs.z.device)
 
 
-def run_job(cfg, ctx, job, seed):
+def run_job(cfg, ctx, job, seed, lr, path):
     """Adapt and evaluate one job at one seed, or read its finished file; returns the file's
     content."""
-    path = cfg.out / f"adapters/{job.name.replace(' ', '-')}-s{seed}.pt"
-    name = f"{job.name} s{seed}"
+    name = f"{job.name} s{seed} lr {lr:g}"
     wait()
     if path.exists():
-        return finished_rule(ctx, job, seed, path, name)
+        return finished_rule(cfg, ctx, job, seed, lr, path, name)
+    job = ranks.completed(cfg, job, seed, ctx.replay)
     model = ctx.model()
-    replay = ctx.replay.get(seed)
-    if job.budget == "ratio":
-        ratio = checkpoint.load(cfg.out / f"adapters/ratio-s{seed}.pt", "selora adapter")
-        job = replace(job, budget=ratio["adapter_params"])
-        replay = ratio["ranks"]
     train = ctx.parts[seed]["train"]
     if job.rule not in REFERENCES:
-        inject(cfg, ctx.pairs, model, job, seed, train, replay)
+        values = component_values(cfg, ctx, job, seed, lr, train)
+        inject(cfg, ctx.pairs, model, job, seed, train, values)
     seconds = 0.0
     history = [[0, {}]]
     if job.rule != "unadapted":
-        seconds, history = adapt(cfg, ctx.pairs, model, job, seed, train, ctx.log, ctx.stop)
-    result = evaluate(cfg, ctx, model.eval(), seed)
+        charged = replace(cfg, steps=ranks.steps_of(cfg, job))
+        seconds, history = adapt(charged, ctx.pairs, model, job, seed, lr, train, ctx.log, ctx.stop)
+    judging = ctx.judges.get(seed)
+    result = evaluate(cfg, judging, model.eval(), ctx.vae, ctx.pairs, ctx.parts[seed])
     # The state of full fine-tuning has all words.
     words = changed_words(model, model.state_dict() if job.rule == "full" else ctx.base)
     word_params = words["vectors"].numel()
@@ -372,6 +346,7 @@ def run_job(cfg, ctx, job, seed):
         "method": job.name,
         "rule": job.rule,
         "seed": seed,
+        "lr": lr,
         "state": model.state_dict() if job.rule == "full" else selora.adapter_state(model),
         "ranks": history[-1][1],
         "history": history,
@@ -382,53 +357,41 @@ def run_job(cfg, ctx, job, seed):
         "word_params": word_params,
         "base_hash": ctx.base_hash,
     }
-    return checkpoint.finished(cfg.out, path, content, {f"{job.name}-s{seed}": round(seconds, 3)})
+    time = {f"{job.name}-s{seed}-{lr:g}": round(seconds, 3)}
+    return checkpoint.finished(cfg.out, path, content, time)
 
 
-def inject(cfg, pairs, model, job, seed, train, replay):
+def inject(cfg, pairs, model, job, seed, train, values=None):
     """Freeze the base and put adapters on it, with the ranks that the rule starts from."""
     torch.manual_seed(seed)
-    planned = job.rule in (*ranks.PLANS, "replay")
-    selora.inject(model, cfg.targets or None, 0 if planned else job.rank, cfg.capacity)
-    if job.rule == "replay":
-        ranks.set_ranks(model, replay)
-    elif planned:
-        gradients = neyman_gradients(cfg, pairs, model, seed, train)  # only neyman reads them
-        ranks.set_ranks(model, ranks.plan(model, job.rule, job.budget, gradients))
+    selora.inject(model, cfg.targets or None, 0, cfg.capacity)
+    gradients = neyman_gradients(cfg, pairs, model, seed, train)  # only neyman reads them
+    ranks.set_ranks(model, ranks.start_of(model, job, seed, gradients, values))
     if cfg.word_notes:
         words = model.text.words.weight.requires_grad_(True)  # [buckets,Dt]
         often = notes_with(pairs.ids[train], len(words)) >= cfg.word_notes  # [buckets]
         words.register_hook(lambda gradient: gradient * often[:, None])
 
 
-def notes_with(ids, buckets):
-    """How many of the notes, word ids [n,P], have each word, [buckets]."""
-    ids = ids.sort(1).values
-    is_first = torch.ones_like(ids, dtype=torch.bool)
-    is_first[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    return ids[is_first].bincount(minlength=buckets)
-
-
-def neyman_gradients(cfg, pairs, model, seed, train):
-    """Full-weight gradients of 8 batches with stratified timesteps, at B = 0."""
-    part = torch.arange(cfg.batch, device=pairs.z.device)
-    t = stratified(part, 0.5, len(pairs.alphas))  # [B]
-    for k in range(8):
-        rows, _, noise, words = pairs.batch_at(seed, 10**6 + k, train, cfg.batch)
-        batch = (pairs.z[rows], words, t, noise, pairs.alphas)
-        yield ranks.full_gradients(model, partial(diffusion.denoising_loss, model, *batch))
-
-
-def evaluate(cfg, ctx, model, seed):
-    """Held-out losses on both halves, and what the judge finds in images drawn from the held-out
-    words."""
-    result = {
-        "heldout_loss": heldout_loss(model, ctx.pairs, ctx.parts[seed]["test"]),
-        "val_loss": heldout_loss(model, ctx.pairs, ctx.parts[seed]["val"]),
-    }
-    if ctx.judges:
-        result |= samples.judged(cfg, ctx.judges[seed], model, ctx.vae, ctx.pairs)
-    return result
+def component_values(cfg, ctx, job, seed, lr, train):
+    """{layer: [value of each component]} that the job's plan weighs, of an adapter that is trained
+    for it and thrown away; the values stay in the run folder, for all budgets."""
+    if job.rule not in ranks.VALUED:
+        return None
+    if job.rule == "shuffled":
+        lr = ctx.rates["probe-svd"][0]
+    probe, steps = ranks.probe_of(cfg, job, sum(ctx.costs.values()))
+    path = cfg.out / f"plans/{probe.name.replace(' ', '-')}-s{seed}-{lr:g}.json"
+    if not path.exists():
+        trial = replace(cfg, out=path.parent, steps=steps)  # with a last.pt of its own
+        model = ctx.model()
+        inject(cfg, ctx.pairs, model, probe, seed, train)
+        adapt(trial, ctx.pairs, model, probe, seed, lr, train, ctx.log, ctx.stop)
+        checkpoint.write_json(path, values_of(job.rule, cfg, ctx.pairs, model, seed, train))
+        if leader():
+            (path.parent / "last.pt").unlink(missing_ok=True)
+        wait()
+    return read_values(path, ctx.costs)
 
 
 # ---- main
@@ -447,27 +410,6 @@ def check(cfg):
         diffusion.alphas_cumprod(noisier=cfg.noisier)
         diffusion.timesteps(cfg.sample_steps)
     return config
-
-
-def check_adapters(cfg, config):
-    """Refuse targets, budget and ranks to replay that do not fit the denoiser; returns (what rank 1
-    everywhere costs, {seed: ranks to replay}, a line that says what is adapted)."""
-    model = Denoiser(**config)
-    total = sum(p.numel() for p in model.parameters())
-    with refusing():
-        names = selora.inject(model, cfg.targets or None, 0, cfg.capacity)
-        cost = ranks.cost_of(model, dict.fromkeys(names, 1))
-        ranks.check_budget(cfg, cost)
-    replay = {}
-    if cfg.replay:
-        finished = checkpoint.read_json(cfg.replay / "metrics.json")
-        with refusing(f"--replay {cfg.replay}"):
-            replay = ranks.replayed(finished, cfg.seeds, model)
-    line = (
-        f"denoiser: {total:,} parameters, {len(names)} layers adapted; an adapter of rank 1 has "
-        f"{cost:,}, of rank {cfg.capacity} {cfg.capacity * cost:,}"
-    )
-    return cost, replay, line
 
 
 def prepare(cfg, config, studies, device, stop):
@@ -525,23 +467,24 @@ def run(cfg, stop):
     device = pick_device(cfg.device)
     # As in train_mora.py: as exact as the exported graphs.
     torch.backends.cudnn.allow_tf32 = False
-    cost, replay, adapted = check_adapters(cfg, config)
+    costs, replay, adapted = ranks.check_adapters(cfg, Denoiser(**config))
     studies, drawable = read_studies(cfg)
     target = studies["target"]
     vit = load_judge(cfg.judge, device, target, cfg.data) if cfg.judge else None
     positions = cfg.positions or (positions_for(target.notes, 16) if cfg.data else 16)
     cfg = replace(cfg, buckets=buckets(cfg, target), positions=positions)
     config |= {"buckets": cfg.buckets, "positions": cfg.positions}
-    adapted = check_adapters(cfg, config)[2]  # with the words' vectors
+    adapted = ranks.check_adapters(cfg, Denoiser(**config))[2]  # with the words' vectors
     print(*report_selora.describe_pairs(studies, drawable, config), sep="\n")
     parts = {}
     for seed in range(cfg.seeds):
         split = data.split(target, seed, cfg.train_share)
         split = {name: np.intersect1d(rows, drawable) for name, rows in split.items()}
+        if cfg.table:
+            split["train"] = left_by_table(cfg.table, target, seed, split)
         parts[seed] = data.none_empty(target, split)
-    jobs = ranks.jobs_of(cfg, cost)
-    trained = sum(job.rule != "unadapted" for job in jobs) * cfg.seeds
-    print(f"{adapted}; {trained} runs of {cfg.steps} steps")
+    jobs = ranks.jobs_of(cfg, sum(costs.values()))
+    print(f"{adapted}; {ranks.work_ahead(cfg, jobs)}")
 
     identity = checkpoint.open_run(cfg)
     if leader():
@@ -549,7 +492,7 @@ def run(cfg, stop):
             data.write_atomic(cfg.out / f"split-s{seed}.npz", data.npz_bytes(split))
     pairs, vae, base, base_hash, heldout = prepare(cfg, config, studies, device, stop)
     log = Log(cfg.out / "log.jsonl")
-    ctx = Context(target, parts, pairs["target"], config, base, base_hash, vae, log, stop, replay)
+    ctx = Context(target, parts, pairs["target"], config, base, base_hash, vae, log, stop, costs, replay)
     on_source = {}
     if vit:
         source = (studies["source"], pairs["source"], heldout)
@@ -565,7 +508,12 @@ def run(cfg, stop):
             rows = np.concatenate([split["test"], split["val"]])
             ctx.judges[seed] = judge_of(vit, target, vae, split["train"], rows, seed, new)
         for job in jobs:
-            results[job.name].append(run_job(cfg, ctx, job, seed))
+            if job.rule not in ctx.rates:
+                trial = partial(run_job, cfg, ctx)
+                ctx.rates[job.rule] = ranks.pick_rate(cfg, jobs, job.rule, trial)
+            lr = ctx.rates[job.rule][0]
+            content = run_job(cfg, ctx, job, seed, lr, ranks.file_of(cfg, job, seed))
+            results[job.name].append(content)
     if leader():
         finish(cfg, ctx, identity, results, on_source)
 
@@ -601,7 +549,7 @@ def finish(cfg, ctx, identity, results, on_source):
     }
     checkpoint.save(cfg.out / "model.pt", content)
     judges = {seed: judge.described(judging) for seed, judging in ctx.judges.items()}
-    metrics = report_selora.selora_metrics(cfg, target, judges, results, on_source)
+    metrics = report_selora.selora_metrics(cfg, ctx, judges, results, on_source)
     checkpoint.write_json(cfg.out / "metrics.json", metrics)
     print(report_selora.selora_table(metrics, checkpoint.read_json(cfg.out / "timings.json", {})))
     report_selora.rank_figure(metrics, cfg.steps, cfg.out / "ranks.png")

@@ -396,6 +396,11 @@ def identity_of(cfg):
         names = ("config.json", *WEIGHT_FILES, "vocab.txt")
         hashes = {name: sha256(folder / name) for name in names if (folder / name).is_file()}
         identity["base"] = {"name": folder.name, "sha256": hashes}
+    if identity.get("table"):
+        run = identity["table"]
+        names = ("config.json", *(f"split-s{seed}.npz" for seed in range(cfg.seeds)))
+        hashes = {name: sha256(run / name) for name in names}
+        identity["table"] = {"run": run, "sha256": hashes}
     for key, file in (("judge", "model.pt"), ("replay", "metrics.json"), ("augment", "model.pt")):
         run = identity.get(key)
         if key == "augment":

@@ -2,7 +2,8 @@
 
 A MoRA branch stands beside a nonlinear block, so it cannot be merged into the weights. It is frozen
 per presence pattern instead: the ups of the present modalities fold into one matrix, and the tokens
-of absent modalities leave the graph. One more graph, `mask.onnx`, takes the presence as an input.
+of absent modalities leave the graph; where absent inputs are filled, all stay. One more graph,
+`mask.onnx`, takes the presence as an input.
 Skip this file when you read for the method.
 
 Letters: B batch, M modalities, C classes.
@@ -19,7 +20,7 @@ from torch import nn
 
 from minilora import data, serve
 from minilora.graphs import Weights, finish, new_folder, pad, to_half, trace, write_graph
-from minilora.models import load_mora
+from minilora.models import Filled, load_mora
 from minilora.mora import branch_ranks, fold, gates
 
 
@@ -37,7 +38,8 @@ class DiagnosisGraph(nn.Module):
         self.modalities = model.modalities
         self.row = None
         if pattern is not None:
-            self.modalities = tuple(itertools.compress(model.modalities, pattern))
+            if not isinstance(model.dummies, Filled):  # which attends to what is absent
+                self.modalities = tuple(itertools.compress(model.modalities, pattern))
             self.row = gates(method, torch.tensor([pattern], dtype=torch.float32))  # [1,M]
             fold(self.model, self.row[0])
         elif method in ("lora", "mora-open"):  # their gates do not depend on presence
@@ -112,7 +114,7 @@ def described(saved, files, precision):
     for name, (mean, scale) in adapter["scales"].items():
         numeric[name] = {"columns": saved["columns"][name], "mean": mean, "scale": scale}
     return {
-        "format": max(serve.FORMATS["mora"]),
+        "format": 3 if config["absent"] == "fill" else 2,
         "kind": "mora",
         "method": adapter["method"],
         "seed": adapter["seed"],

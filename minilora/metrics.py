@@ -163,7 +163,8 @@ def paired_samples(labels, ours, theirs, seed=0, resamples=1000):
         f1s.append(np.mean([_macro_f1(times, *counts) for *counts, _ in counted], 0))
         right.append(np.sum([answers for *_, answers in counted], 0))
     difference = f1s[0] - f1s[1]
-    low, high = np.nanpercentile(difference[1:], (2.5, 97.5))
+    known = difference[1:][~np.isnan(difference[1:])]
+    low, high = np.percentile(known, (2.5, 97.5)) if len(known) else (math.nan, math.nan)
     wins = int((right[0] > right[1]).sum())
     losses = int((right[0] < right[1]).sum())
     return {

@@ -1,5 +1,5 @@
 """Plans and budgets over a run: which ranks the layers get before the first step, the rules and
-rows of a run of train_selora.py, and what each may spend.
+rows of a run of train_selora.py, what each may spend, and at which learning rate.
 
 Skip it when you read for the method, `selora.grow`, which raises ranks during training; plans are
 what growing is compared with, at the same number of adapter parameters.
@@ -7,13 +7,17 @@ what growing is compared with, at the same number of adapter parameters.
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from minilora.selora import GROWTH, adapter_cost, adapters, check_names
+from minilora import checkpoint, rates
+from minilora.data import refusing
+from minilora.selora import GROWTH, adapter_cost, adapters, check_names, inject
 
-PLANS = ("inverse-cost", "neyman")  # rules of `plan`, asked once, before the first step
+# Rules of `plan`, asked once, before the first step; the last three read the values of components.
+PLANS = ("uniform", "random", "inverse-cost", "neyman", "probe-svd", "shuffled", "oracle")
+VALUED = ("probe-svd", "shuffled", "oracle")
 
 
 def full_gradients(model, loss):
@@ -33,32 +37,89 @@ def full_gradients(model, loss):
     return {name: G.flatten(1) for name, G in zip(adapters(model), gradients)}
 
 
-def plan(model, rule, budget, gradients=None):
+def plan(model, rule, budget, gradients=None, values=None, seed=0):
     """Ranks {name: rank} for a budget of adapter parameters, chosen before the first step;
     `set_ranks` applies them.
 
+    uniform       equal ranks; what is left goes to layers drawn from the seed
+    random        a rank more for a layer drawn from the seed, again and again
     inverse-cost  r ~ 1 / cost: cheap layers get more, without looking at any data
     neyman        r ~ sqrt(D / cost), which minimises sum D / r under sum cost r = budget (Neyman
                   allocation); D is what a rank should save, `savings` of `gradients`, the
                   `full_gradients` of two or more batches, at B = 0
+    probe-svd     the components of most value per parameter; values {name: [value of each component
+                  of the layer]}, as `allocate.py` finds them
+    oracle        the same by other values
+    shuffled      the ranks of probe-svd, permuted among layers of equal cost by the seed
 
-    Rank 0 is allowed. ValueError: unknown rule, fewer than two batches, a budget that buys no
-    rank."""
+    Rank 0 is allowed, none is above `highest`. ValueError: unknown rule, fewer than two batches, a
+    budget that buys no rank."""
     layers = adapters(model)
     costs = {name: adapter_cost(layer) for name, layer in layers.items()}
-    capacities = {name: layer.capacity for name, layer in layers.items()}
+    tops = {name: highest(layer) for name, layer in layers.items()}
+    generator = torch.Generator().manual_seed(seed)
     if rule not in PLANS:
         raise ValueError(f"rule '{rule}' is not known; use {', '.join(PLANS)}")
     cheapest = min(costs.values())
     if budget < cheapest:
         raise ValueError(f"a budget of {budget} parameters buys no rank: "
                          f"the cheapest costs {cheapest}")
+    if rule in ("uniform", "random"):
+        return scatter(costs, budget, tops, generator, even=rule == "uniform")
+    if rule in VALUED:
+        ranks = most_valued(values, costs, budget, tops)
+        return shuffled(ranks, costs, tops, generator) if rule == "shuffled" else ranks
     if rule == "neyman":
         saved = savings(layers, gradients or ())
         weights = {name: math.sqrt(saved[name] / cost) for name, cost in costs.items()}
     else:
         weights = {name: 1 / cost for name, cost in costs.items()}
-    return apportion(weights, costs, budget, capacities)
+    return apportion(weights, costs, budget, tops)
+
+
+def highest(layer):
+    """The highest rank that is of use in a layer: no change of its weight has a higher one."""
+    return min(layer.capacity, layer.fan_in, layer.d_out)
+
+
+def scatter(costs, budget, tops, generator, even):
+    """Ranks, one at a time for a layer drawn from those that still fit; even: from the lowest
+    ranks among these."""
+    ranks = dict.fromkeys(costs, 0)
+    while True:
+        fitting = [n for n in costs if ranks[n] < tops[n] and costs[n] <= budget]
+        if not fitting:
+            return ranks
+        if even:
+            lowest = min(ranks[name] for name in fitting)
+            fitting = [name for name in fitting if ranks[name] == lowest]
+        name = fitting[int(torch.randint(len(fitting), (), generator=generator))]
+        ranks[name] += 1
+        budget -= costs[name]
+
+
+def most_valued(values, costs, budget, tops):
+    """Ranks: how many of its components {name: [value]} a layer keeps, where those of most value
+    per parameter are taken first, and what does not fit is passed over."""
+    worth = [(-value / costs[name], name) for name in costs for value in values[name]]
+    ranks = dict.fromkeys(costs, 0)
+    for _, name in sorted(worth):
+        if ranks[name] < tops[name] and costs[name] <= budget:
+            ranks[name] += 1
+            budget -= costs[name]
+    return ranks
+
+
+def shuffled(ranks, costs, tops, generator):
+    """The ranks, permuted among the layers of equal cost and equal highest rank."""
+    alike = {}
+    for name in ranks:
+        alike.setdefault((costs[name], tops[name]), []).append(name)
+    result = dict(ranks)
+    for names in alike.values():
+        order = torch.randperm(len(names), generator=generator).tolist()
+        result |= {name: ranks[names[i]] for name, i in zip(names, order)}
+    return result
 
 
 def savings(layers, gradients):
@@ -133,58 +194,119 @@ def set_ranks(model, ranks):
 
 # ---- the rules of a run of train_selora.py, whose configuration `cfg` is
 
-RULES = (*GROWTH, *PLANS, "fixed", "replay")
-# Rows of --rules-table at each budget.
-COMPARED = ("fixed", "neyman", "inverse-cost", "gain", "cheapest", "random")
+# `random-grown` adds ranks to random layers early in training, `fixed` has --rank everywhere.
+GROWING = ("ratio", "gain", "random-grown", "cheapest")
+RULES = (*GROWING, *PLANS, "fixed", "replay")
+CONTROLS = ("shuffled", "oracle")  # in --rules-table only
+PROBE = 4  # rank of the training that values components
+# Rows of --rules-table at each budget; those below at budgets above rank 1, with which they start.
+PLANNED = ("uniform", "neyman", "inverse-cost", "random", "probe-svd", "shuffled", "oracle")
+GROWN = ("ratio", "random-grown", "replay")
+AS_RATIO = ("replay", "uniform", "random-grown", "probe-svd")  # at what `ratio` came to cost
+# Learning rates to choose from.
+GRID = (3e-3, 1e-2, 3e-2)
+GRID_FULL = (3e-4, 1e-3, 3e-3)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One row of a comparison. budget: adapter parameters that the rule may spend, or 'ratio': what
-    the job `ratio` came to cost. rank: of every layer at the start."""
+    """One row of a comparison. budget: adapter parameters that the rule may spend, 0 without limit.
+    rank: of every layer at the start, where no plan says more. of: the row of which it takes budget
+    and history [[step, {layer: rank}], ...]."""
 
     name: str
     rule: str
-    budget: int | str = 0
+    budget: int = 0
     rank: int = 0
+    of: str = ""
+    history: list = field(default_factory=list)
 
 
 def jobs_of(cfg, cost):
     """What to run at each seed: the rule between its references, or for --rules-table every rule at
-    the budgets of uniform rank 1 and 2 (`cost`: rank 1 in every layer), and the controls again at
-    what `ratio` came to cost."""
+    the budgets of some uniform ranks (`cost`: rank 1 in every layer), and the paper's `ratio`
+    without a budget, with its controls at what it came to cost."""
     unadapted = Job("unadapted", "unadapted")
     full = Job("full", "full")
     if not cfg.rules_table:
-        return [unadapted, Job(cfg.rule, cfg.rule, cfg.budget or 2 * cost, cfg.rank), full]
-    jobs = [unadapted, full, Job("ratio", "ratio", rank=1)]
-    for rank in (1, 2):
-        for rule in COMPARED:
-            # What grows starts a rank below the budget, so that there is something to choose.
-            start = rank if rule == "fixed" else rank - 1
-            jobs.append(Job(f"{rule} r{rank}", rule, rank * cost, start))
-    for rule in ("replay", *COMPARED):
-        if rule != "fixed":
-            jobs.append(Job(f"{rule} as ratio", rule, "ratio", 1))
-    return jobs
+        budget = cfg.budget or (0 if cfg.rule == "ratio" else 2 * cost)
+        return [unadapted, Job(cfg.rule, cfg.rule, budget, cfg.rank), full]
+    jobs = []
+    for rank in cfg.budgets:
+        jobs += [Job(f"{rule} r{rank}", rule, rank * cost) for rule in PLANNED]
+        if rank > 1:
+            ratio = Job(f"ratio r{rank}", "ratio", rank * cost, 1)
+            jobs.append(ratio)
+            jobs += [Job(f"{rule} r{rank}", rule, rank=1, of=ratio.name) for rule in GROWN[1:]]
+    jobs.append(Job("ratio", "ratio", rank=1))
+    jobs += [Job(f"{rule} as ratio", rule, rank=1, of="ratio") for rule in AS_RATIO]
+    return [unadapted, full, *(job for job in jobs if not cfg.rows or job.rule in cfg.rows)]
 
 
-def probe_steps(cfg, rule, rank):
-    """Steps at which a rule looks: `ratio` all along, budgeted rules in the first quarter (late
-    ranks learn less); from rank 0, with which nothing trains, at once."""
-    if rule not in GROWTH:
-        return []
-    end = cfg.steps if rule == "ratio" else max(cfg.steps // 4, cfg.every + 1)
-    return list(range(cfg.every if rank else 0, end, cfg.every))
+def completed(cfg, job, seed, replay):
+    """The job with what it takes of another row, whose file is there, or of another run: `replay`
+    {seed: ranks}."""
+    if job.rule == "replay" and not job.of:
+        return replace(job, history=[[0, replay[seed]]])
+    if not job.of:
+        return job
+    stored = checkpoint.load(file_of(cfg, Job(job.of, "ratio"), seed), "selora adapter")
+    return replace(job, budget=stored["adapter_params"], history=stored["history"])
 
 
-def budget_at(step, job, probes, start):
-    """Adapter parameters that a job may have after the probe of a step; None is without limit. The
-    budget is opened evenly from probe to probe, from the parameters at the `start` on."""
-    if job.rule == "ratio":
-        return None
-    share = (probes.index(step) + 1) / len(probes)
-    return round(start + share * (job.budget - start))
+def start_of(model, job, seed, gradients=None, values=None):
+    """{layer: rank} before the first step; gradients and values as `plan` reads them."""
+    layers = adapters(model)
+    if job.rule == "probe":
+        return {name: min(job.rank, highest(layer)) for name, layer in layers.items()}
+    if job.rule == "replay":
+        return job.history[-1][1]
+    if job.rule in PLANS:
+        return plan(model, job.rule, job.budget, gradients, values, seed)
+    return dict.fromkeys(layers, job.rank)
+
+
+def openings(cfg, job, model, start):
+    """{step: adapter parameters that the job may have from then on, None without limit}: where it
+    looks whether to grow from the ranks `start` {layer: rank}.
+
+    `ratio` without a budget looks every so many steps, all along. A budget is opened evenly in the
+    first quarter, for late ranks learn less: over four looks or more for each rank that the layers
+    get on average, or every rule would open all layers alike; from rank 0, with which nothing
+    trains, the first look is at once. A job with a history opens at its steps what it opened."""
+    if job.rule not in GROWING:
+        return {}
+    if job.history:
+        return {step: cost_of(model, ranks) for step, ranks in job.history[1:]}
+    if not job.budget:
+        return dict.fromkeys(range(cfg.every if job.rank else 0, cfg.steps, cfg.every))
+    spent = cost_of(model, start)
+    cost = cost_of(model, dict.fromkeys(start, 1))
+    looks = 4 * math.ceil((job.budget - spent) / cost)
+    every = max(1, min(cfg.every, cfg.steps // 4 // (looks + 1)))
+    steps = range(every if job.rank else 0, max(cfg.steps // 4, every + 1), every)
+    each = (job.budget - spent) / len(steps)
+    return {step: round(spent + (k + 1) * each) for k, step in enumerate(steps)}
+
+
+def probe_steps(cfg):
+    """How many steps of a run the probe of probe-svd takes."""
+    return max(1, cfg.steps // 10)
+
+
+def steps_of(cfg, job):
+    """How many steps a job trains: the probe's are charged."""
+    return cfg.steps - probe_steps(cfg) * (job.rule in ("probe-svd", "shuffled"))
+
+
+def probe_of(cfg, job, cost):
+    """(the training whose components a plan weighs, its steps): of rank `PROBE`, or of a rank more
+    than the budget gives to every layer. The oracle's takes all steps, uncharged: it is a control.
+    cost: rank 1 in every layer."""
+    rank = min(cfg.capacity, max(PROBE, job.budget // cost + 1))
+    rule = "oracle" if job.rule == "oracle" else "probe-svd"
+    steps = cfg.steps if rule == "oracle" else probe_steps(cfg)
+    return Job(f"{rule} probe r{rank}", "probe", rank=rank), steps
 
 
 def ranks_of(model):
@@ -198,10 +320,73 @@ def cost_of(model, ranks):
     return sum(rank * adapter_cost(layers[name]) for name, rank in ranks.items())
 
 
+# ---- learning rates
+
+
+def given_rates(cfg):
+    """{rule or '': rate} of --lr, each RATE or RULE:RATE. ValueError: another text, or rule."""
+    given = {}
+    for text in cfg.lr:
+        rule, _, number = text.rpartition(":")
+        try:
+            rate = float(number)
+        except ValueError:
+            rate = -1.0
+        if not 0 < rate < 10 or rule not in ("", "full", *RULES):
+            raise ValueError(
+                f"learning rate '{text}' must be RATE or RULE:RATE with a rate in (0,10) and a rule "
+                f"of full, {', '.join(RULES)}"
+            )
+        given[rule] = rate
+    return given
+
+
+def file_of(cfg, job, seed, lr=None):
+    """Where a job's content is kept; with a rate, that of a trial which may be chosen."""
+    name = job.name.replace(" ", "-")
+    folder, end = ("adapters", f"s{seed}") if lr is None else ("picks", f"{lr:g}")
+    return cfg.out / f"{folder}/{name}-{end}.pt"
+
+
+def pick_rate(cfg, jobs, rule, train):
+    """(learning rate, {rate: validation loss}) of a rule: as given, or the best of a grid on seed
+    0's validation rows, which test nothing; train: a function (job, seed, rate, path) -> content.
+
+    A rule of several rows is tried on the row at the budget of uniform rank 2, or on its first. The
+    best trial is that row's run at seed 0; of the others the scores are kept."""
+    given = given_rates(cfg)
+    if rule == "unadapted":
+        return 0.0, {}
+    if rule in given or "" in given:
+        return given.get(rule, given.get("")), {}
+    rows = [job for job in jobs if job.rule == rule]
+    job = next((job for job in rows if job.name == f"{rule} r2"), rows[0])
+
+    def score_of(lr):
+        return -train(job, 0, lr, file_of(cfg, job, 0, lr))["result"]["val_loss"]
+
+    best, scores = rates.pick(GRID_FULL if rule == "full" else GRID, score_of)
+    path = file_of(cfg, job, 0)
+    if not path.exists():
+        checkpoint.link(file_of(cfg, job, 0, best), path)
+    for lr in scores:
+        other = file_of(cfg, job, 0, lr)
+        if lr != best and other.exists():
+            checkpoint.drop_weights(other)
+    losses = {lr: -score for lr, score in scores.items()}
+    print(f"{job.name}: learning rate {rates.described(best, losses)}, picked by the validation loss of seed 0")
+    return best, losses
+
+
+# ---- what is refused
+
+
 def check_rules(cfg):
     """ValueError where the settings of a rule are not known or contradict each other."""
     if cfg.rule not in RULES:
         raise ValueError(f"rule '{cfg.rule}' is not known; use {', '.join(RULES)}")
+    if cfg.rule in CONTROLS:
+        raise ValueError(f"rule '{cfg.rule}' is a control of --rules-table; use probe-svd")
     if cfg.ratio_of not in ("sampled", "expected") or cfg.fisher not in ("probe", "loop"):
         raise ValueError(
             f"--ratio-of '{cfg.ratio_of}' must be sampled or expected, "
@@ -209,9 +394,9 @@ def check_rules(cfg):
         )
     if (cfg.rule == "replay") != (cfg.replay is not None):
         raise ValueError("--rule replay and --replay RUN go together")
-    if cfg.rules_table and cfg.capacity < 2:
-        raise ValueError(f"--rules-table compares ranks 1 and 2; --capacity is {cfg.capacity}")
-    if cfg.rule in GROWTH and not probe_steps(cfg, cfg.rule, cfg.rank):
+    if cfg.rules_table:
+        check_table(cfg)
+    if cfg.rule == "ratio" and cfg.rank and cfg.steps <= cfg.every:
         raise ValueError(
             f"--steps {cfg.steps} ends before the first probe, --every {cfg.every}: "
             "nothing would grow"
@@ -222,6 +407,22 @@ def check_rules(cfg):
         raise ValueError("--rank 0 with --rule fixed would train nothing; use --rank 1 or more")
     if not 0 <= cfg.lam < 1e9:
         raise ValueError(f"--lam {cfg.lam} must be a number of at least 0")
+    given_rates(cfg)
+
+
+def check_table(cfg):
+    """ValueError where the rows of --rules-table cannot be made."""
+    budgets = cfg.budgets
+    if not budgets or len({*budgets}) < len(budgets) or min(budgets) < 1:
+        raise ValueError(f"--budgets {budgets} must name ranks of at least 1, none twice")
+    if max(budgets) > cfg.capacity:
+        raise ValueError(f"--budgets has rank {max(budgets)}; --capacity is {cfg.capacity}")
+    known = {*PLANNED, *GROWN}
+    if alien := [row for row in cfg.rows if row not in known]:
+        raise ValueError(f"--rows '{alien[0]}' is not known; use {', '.join(sorted(known))}")
+    for row, source in (("shuffled", "probe-svd"), ("replay", "ratio"), ("random-grown", "ratio")):
+        if row in cfg.rows and source not in cfg.rows:
+            raise ValueError(f"--rows {row} needs the row of {source} too")
 
 
 def check_budget(cfg, cost):
@@ -232,12 +433,44 @@ def check_budget(cfg, cost):
         )
     budget = cfg.budget or 2 * cost
     spent = cfg.rank * cost
-    grows = cfg.rule in ("gain", "random", "cheapest") and not cfg.rules_table
-    if grows and budget <= spent:
+    limited = cfg.rule in GROWING and (cfg.budget or cfg.rule != "ratio")
+    if limited and not cfg.rules_table and budget <= spent:
         raise ValueError(
             f"--rank {cfg.rank} in every layer costs {spent:,}, and rule '{cfg.rule}' may spend "
             f"{budget:,}: nothing is left to grow; lower --rank or raise --budget"
         )
+
+
+def check_adapters(cfg, model):
+    """`Refused` where targets, budget or ranks to replay do not fit the denoiser; returns ({layer:
+    what a rank costs}, {seed: ranks to replay}, a line that says what is adapted)."""
+    total = sum(p.numel() for p in model.parameters())
+    with refusing():
+        inject(model, cfg.targets or None, 0, cfg.capacity)
+        costs = {name: adapter_cost(layer) for name, layer in adapters(model).items()}
+        cost = sum(costs.values())
+        check_budget(cfg, cost)
+    replay = {}
+    if cfg.replay:
+        finished = checkpoint.read_json(cfg.replay / "metrics.json")
+        with refusing(f"--replay {cfg.replay}"):
+            replay = replayed(finished, cfg.seeds, model)
+    line = (
+        f"denoiser: {total:,} parameters, {len(costs)} layers adapted; an adapter of rank 1 has "
+        f"{cost:,}, of rank {cfg.capacity} {cfg.capacity * cost:,}"
+    )
+    return costs, replay, line
+
+
+def work_ahead(cfg, jobs):
+    """How many trainings follow, at the least: a line."""
+    given = given_rates(cfg)
+    trained = [job for job in jobs if job.rule != "unadapted"]
+    runs = len(trained) * cfg.seeds
+    rules = {job.rule for job in trained}
+    if "" not in given:
+        runs += sum(len(GRID) - 1 for rule in rules if rule not in given)
+    return f"at least {runs} runs of {cfg.steps} steps"
 
 
 def replayed(report, seeds, model):

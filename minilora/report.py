@@ -180,7 +180,7 @@ def mora_title(content, text):
     if content["train_share"] < 1:
         title += f"; {content['train_share']:.0%} of the training split"
     if content["augment"]:
-        title += f"; synthetic studies {content['augment']}"
+        title += f"; added studies {content['augment']}"
     return title
 
 

@@ -6,7 +6,7 @@ import textwrap
 
 import numpy as np
 
-from minilora import data, report
+from minilora import data, metrics, report
 from minilora.words import coverage
 
 
@@ -25,15 +25,20 @@ def describe_pairs(studies, drawable, config):
 REFERENCES = ("unadapted", "full")  # rows without an adapter, between which the others stand
 
 
-def selora_metrics(cfg, target, judges, results, on_source):
-    """The content of metrics.json. judges {seed: what `judge.described` gives} or {}, results
-    {method: [content of its adapter file per seed]}, on_source: what the judge says of the base on
-    its own domain, or {}."""
+def selora_metrics(cfg, ctx, judges, results, on_source):
+    """The content of metrics.json. ctx: the `Context` of train_selora.py, judges {seed: what
+    `judge.described` gives} or {}, results {method: [content of its adapter file per seed]},
+    on_source: what the judge says of the base on its own domain, or {}."""
+    target = ctx.target
     methods = {}
     for name, runs in results.items():
         methods[name] = over_seeds([run["result"] for run in runs])
         for key in ("adapter_params", "word_params", "trainable_params", "ranks", "history"):
             methods[name][key] = [r[key] for r in runs]
+        rate, tried = ctx.rates[runs[0]["rule"]]
+        methods[name]["rule"] = runs[0]["rule"]
+        methods[name]["lr"] = rate
+        methods[name]["lr_grid"] = {f"{k:g}": loss for k, loss in tried.items()}
     verdict = None
     if judges:
         each = [judges[seed] for seed in range(cfg.seeds)]
@@ -54,6 +59,8 @@ def selora_metrics(cfg, target, judges, results, on_source):
         "synthetic": target.synthetic,
         "synthetic_notes": target.synthetic_notes,
         "seeds": list(range(cfg.seeds)),
+        "budgets": list(cfg.budgets) if cfg.rules_table else [],
+        "rows": {part: [len(ctx.parts[s][part]) for s in range(cfg.seeds)] for part in ("test", "val")},
         "guidance": cfg.guidance,
         "methods": methods,
         "judge": verdict,
@@ -96,13 +103,13 @@ def number(value):
 
 
 def selora_table(content, timings):
-    """Held-out denoising loss per method, x 1e5, mean ± standard deviation over seeds; the gap
+    """Held-out denoising loss per method, x 1e5, mean ± sample standard deviation over seeds; the gap
     closed between the unadapted base and full fine-tuning; and what the judge finds."""
     judge = content["judge"]
     columns = []
     if judge:
         columns = ["frechet", "nearest", *(k for k in judge["ceiling"] if "," not in k)]
-    header = f"{'method':22s}{'held-out':>14s}{'adapter':>10s}{'gap closed':>12s}{'seconds':>9s}"
+    header = f"{'method':22s}{'held-out':>14s}{'adapter':>10s}{'gap closed':>12s}{'lr':>8s}{'seconds':>9s}"
     header += "".join(f"{c:>10s}" for c in columns)
     title = f"{content['data']}, {data.origin(content)}; held-out denoising loss x 1e5"
     lines = ["", f"{title}, seeds: {len(content['seeds'])}", header]
@@ -113,9 +120,10 @@ def selora_table(content, timings):
         if (full < unadapted).all():
             closed = f"{(unadapted - loss).mean() / (unadapted - full).mean():.0%}"
         parameters = spent(method)
-        seconds = np.mean([timings.get(f"{name}-s{s}", 0.0) for s in content["seeds"]])
-        line = f"{name:22s}{loss.mean() * 1e5:9.0f} ±{loss.std() * 1e5:3.0f}{parameters:10,.0f}"
-        line += f"{closed:>11s} {seconds:9.1f}"
+        runs = [f"{name}-s{s}-{method['lr']:g}" for s in content["seeds"]]
+        seconds = np.mean([timings.get(run, 0.0) for run in runs])
+        line = f"{name:22s}{metrics.spread(loss * 1e5, 0):>14s}{parameters:10,.0f}{closed:>12s}"
+        line += f"{method['lr']:8g}{seconds:9.1f}"
         lines.append(line + "".join(f"{np.mean(method[c]):10.3f}" for c in columns))
     if judge:
         lines += judge_lines(judge, columns, content["methods"])
@@ -137,7 +145,7 @@ def judge_lines(judge, columns, methods):
         "most common answer": judge["chance"],
     }
     for row, values in bounds.items():
-        yield f"{row:67s}" + "".join(f"{number(values.get(c)):>10s}" for c in columns)
+        yield f"{row:75s}" + "".join(f"{number(values.get(c)):>10s}" for c in columns)
     yield (
         f"judge: {judge['n']} held-out rows. frechet: of the {judge['features']} (not Inception FID: "
         "compare rows here);"
@@ -159,9 +167,8 @@ def judge_lines(judge, columns, methods):
 def selora_conclusion(content):
     """Sentences computed from the table: what adapting and growing gained, paired by seed."""
     methods = content["methods"]
-    budgets = [b for b in ("r1", "r2", "as ratio") if f"neyman {b}" in methods]
-    if budgets:
-        return [line for budget in budgets for line in budget_conclusion(content, budget)]
+    if content["budgets"]:
+        return table_conclusion(content)
     name = next(k for k in methods if k not in REFERENCES)
     method = methods[name]
     unadapted, full = (np.array(methods[k]["heldout_loss"]) for k in REFERENCES)
@@ -178,44 +185,86 @@ def selora_conclusion(content):
         lines.append(
             "Full fine-tuning does not beat the frozen base on every seed: there is no gap to close."
         )
+    lines += [compared(content, (name, other)) for other in REFERENCES]
     if any(len(history) > 1 for history in method.get("history", [])):
         lines.append(
             "Whether growing was worth it, only a comparison at equal parameters can say: --rules-table."
         )
-    if len(content["seeds"]) == 1:
-        lines.append("One seed: an illustration, not evidence.")
     return lines
 
 
-def budget_conclusion(content, budget):
-    """The lines on one budget of the rules table: the validation half's choice, and differences."""
+def compared(content, names, measure="heldout_loss", label=""):
+    """The verdict on a measure of two methods; losses are x 1e5."""
+    values = [np.array(content["methods"][name][measure]) for name in names]
+    if not measure.endswith("loss"):
+        less = measure in ("frechet", "nearest")
+        return label + metrics.verdict(*values, names, less=less)
+    return label + metrics.verdict(*(v * 1e5 for v in values), names, less=True, digits=0)
+
+
+# Pairs of rows of --rules-table that are compared at each budget; pictures too of the first ones.
+PAIRS = (
+    ("probe-svd", "uniform"),
+    ("probe-svd", "shuffled"),
+    ("ratio", "uniform"),
+    ("probe-svd", "inverse-cost"),
+    ("ratio", "replay"),
+    ("ratio", "random-grown"),
+    ("neyman", "uniform"),
+    ("neyman", "inverse-cost"),
+    ("random", "uniform"),
+    ("oracle", "uniform"),
+)
+PICTURED = 3
+
+
+def table_conclusion(content):
+    """The lines on every budget of the rules table."""
     methods = content["methods"]
-    loss = {name: np.array(method["heldout_loss"]) * 1e5 for name, method in methods.items()}
-    names = [name for name in methods if name.endswith(f" {budget}")]
-    best = min(names, key=lambda name: np.mean(methods[name]["val_loss"]))
-    parameters = np.mean(methods[f"neyman {budget}"]["adapter_params"])
-    least = min(loss[name].mean() for name in names)
-    yield (
-        f"At {parameters:,.0f} parameters the validation half chooses {best} "
-        f"({loss[best].mean():.0f} on the test half; least there: {least:.0f})"
-    )
-    pairs = [("neyman", other) for other in ("fixed", "cheapest", "inverse-cost")]
-    if budget == "as ratio":
-        pairs += [("ratio", other) for other in ("replay", "neyman", "random")]
-    else:
-        pairs += [("gain", other) for other in ("fixed", "cheapest", "neyman")]
-    for rule, other in pairs:
-        ours = rule if rule == "ratio" else f"{rule} {budget}"
-        other = f"{other} {budget}"
-        if other not in methods:
-            continue
-        difference = loss[ours] - loss[other]
-        each = " ".join(f"{x:+.0f}" for x in difference)
-        better = int((difference < 0).sum())
-        yield (
-            f"  {ours} minus {other}: {each}, mean {difference.mean():+.0f}, "
-            f"better on {better} of {len(content['seeds'])} seeds"
+    lines = [
+        "Differences of held-out loss x 1e5, on the test rows. Validation rows picked the rates at "
+        "seed 0, so both halves pooled count from seed 1 on.",
+        "probe-svd and shuffled train nine tenths of the steps: a probe, one for all budgets, has "
+        "the rest. The oracle's is not charged: no rule could afford it.",
+    ]
+    if 1 in content["budgets"]:
+        lines.append(
+            "ratio starts at rank 1 in every layer, so at that budget it is uniform: it has no row."
         )
+    endings = [f" r{rank}" for rank in content["budgets"]] + [" as ratio"]
+    for ending in endings:
+        rows = {name.removesuffix(ending): name for name in methods if name.endswith(ending)}
+        if ending == " as ratio" and "ratio" in methods:
+            rows["ratio"] = "ratio"
+        if rows:
+            spent_here = np.mean(methods[next(iter(rows.values()))]["adapter_params"])
+            lines.append(f"Budget{ending}, {spent_here:,.0f} parameters:")
+        for k, pair in enumerate(PAIRS):
+            if all(rule in rows for rule in pair):
+                names = [rows[rule] for rule in pair]
+                lines += pair_conclusion(content, names, pictured=k < PICTURED)
+    return lines
+
+
+def pair_conclusion(content, names, pictured):
+    """The lines on two rows: test loss, pooled loss, and what the judge finds."""
+    yield "  " + compared(content, names)
+    if len(content["seeds"]) > 1:
+        pooled = [pooled_loss(content, name)[1:] for name in names]
+        said = metrics.verdict(*pooled, names, less=True, digits=0)
+        yield f"    both halves, seeds 1 to {content['seeds'][-1]}: {said}"
+    if pictured and content["judge"]:
+        for measure in ("frechet", *content["judge"]["ceiling"]):
+            if "," not in measure:
+                yield compared(content, names, measure, f"    {measure}: ")
+
+
+def pooled_loss(content, name):
+    """Loss x 1e5 over the rows of both held-out halves, [seeds]."""
+    method = content["methods"][name]
+    test, val = (np.array(content["rows"][part]) for part in ("test", "val"))
+    total = test * np.array(method["heldout_loss"]) + val * np.array(method["val_loss"])
+    return total / (test + val) * 1e5
 
 
 SORTS = {
@@ -252,8 +301,8 @@ def mean_ranks(content):
 
 
 def rank_figure(content, steps, path):
-    """Rank per layer over the steps of the first rule at seed 0, and final ranks by sort of layer;
-    without matplotlib the latter as text."""
+    """Rank per layer over the steps of the first rule that grows at seed 0, if there is one, and
+    final ranks by sort of layer; without matplotlib the latter as text."""
     means = mean_ranks(content)
     plt = report.pyplot()
     if plt is None:
@@ -262,11 +311,14 @@ def rank_figure(content, steps, path):
             for sort, rank in sorts.items():
                 print(f"  {sort:20s} {rank:4.1f} {'█' * round(4 * rank)}")
         return print("no figures: pip install 'minilora[pictures]' draws them")
-    name = next(iter(means))
-    history = content["methods"][name]["history"][0]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 6.2), dpi=120, width_ratios=(1.5, 1))
-    draw_history(fig, left, history, steps)
-    left.set(xlabel="step", title=f"{name}, seed 0: rank of each layer")
+    histories = {name: content["methods"][name]["history"][0] for name in means}
+    grown = [name for name, history in histories.items() if len(history) > 1]
+    if grown:
+        fig, (left, right) = plt.subplots(1, 2, figsize=(12, 6.2), dpi=120, width_ratios=(1.5, 1))
+        draw_history(fig, left, histories[grown[0]], steps)
+        left.set(xlabel="step", title=f"{grown[0]}, seed 0: rank of each layer")
+    else:
+        fig, right = plt.subplots(figsize=(7, 6.2), dpi=120)
     draw_bars(right, means)
     fig.suptitle(f"{content['data']}, {data.origin(content)}", fontsize=9)
     report.save_figure(fig, path)

@@ -1,6 +1,7 @@
-"""What is drawn, judged and shown of a run of train_selora.py. Skip it when you read for the method.
+"""What is measured, drawn, judged and shown of a run of train_selora.py. Skip it when you read for
+the method.
 
-Letters: n images, N samples, S image size.
+Letters: n images or rows, N samples, S image size, P word positions.
 """
 
 from dataclasses import replace
@@ -9,6 +10,61 @@ import numpy as np
 import torch
 
 from minilora import data, diffusion, judge, report, report_selora
+from minilora.processes import average, world
+
+
+def stratified(part, within, steps):
+    """Timesteps [n] int64, each from its part [n] of n equal parts of a schedule, at `within`, in
+    [0, 1], of that part."""
+    t = (part + within) / len(part) * steps
+    return t.long().clamp(max=steps - 1)  # rounding reaches the end now and then
+
+
+@torch.no_grad()
+def heldout_loss(model, pairs, rows, draws=8):
+    """Mean denoising loss over the rows with fixed timesteps (stratified) and noise: differences
+    are the model's. Of several processes each takes a part of the rows."""
+    device = pairs.z.device
+    steps = len(pairs.alphas)
+    n = len(rows)
+    rank, processes = world()
+    rows = torch.from_numpy(rows).to(device)
+    total = torch.zeros(1, dtype=torch.float64)
+    for k in range(draws):
+        generator = torch.Generator().manual_seed(10_000 + k)
+        t = stratified(torch.arange(n), torch.rand(n, generator=generator), steps)  # [n]
+        t = t[torch.randperm(n, generator=generator)].to(device)
+        noise = torch.randn(n, *pairs.z.shape[1:], generator=generator).to(device)
+        for part in torch.arange(rank, n, processes, device=device).split(256):
+            z = pairs.z[rows[part]]
+            ids = pairs.ids[rows[part]]
+            losses = diffusion.denoising_loss(
+                model, z, ids, t[part], noise[part], pairs.alphas, per_sample=True
+            )
+            total += losses.sum().item()
+    total = total.to(device)
+    average([total])
+    return total.item() * processes / draws / n
+
+
+def evaluate(cfg, judging, model, vae, pairs, parts):
+    """Held-out losses on both halves, and what the judge, if there is one, finds in images drawn
+    from the held-out words."""
+    result = {
+        "heldout_loss": heldout_loss(model, pairs, parts["test"]),
+        "val_loss": heldout_loss(model, pairs, parts["val"]),
+    }
+    if judging:
+        result |= judged(cfg, judging, model, vae, pairs, control=not cfg.rules_table)
+    return result
+
+
+def notes_with(ids, buckets):
+    """How many of the notes, word ids [n,P], have each word, [buckets]."""
+    ids = ids.sort(1).values
+    is_first = torch.ones_like(ids, dtype=torch.bool)
+    is_first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return ids[is_first].bincount(minlength=buckets)
 
 
 def draw(cfg, model, vae, pairs, rows, seeds):
@@ -60,11 +116,13 @@ def judge_of(vit, study, vae, train, rows, seed, new=None):
     return judging
 
 
-def judged(cfg, judging, model, vae, pairs):
+def judged(cfg, judging, model, vae, pairs, control=True):
     """What the judge says of images drawn from the words of its rows, and, as a control, of images
     from the same noise with guidance 0, which ignores the words."""
     rows = judging.rows
     result = judge.verdict(judging, draw(cfg, model, vae, pairs, rows, rows))
+    if not control:
+        return result
     wordless = replace(cfg, guidance=0.0)
     control = judge.verdict(judging, draw(wordless, model, vae, pairs, rows, rows))
     for fact in judging.facts():

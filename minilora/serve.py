@@ -29,8 +29,9 @@ from minilora.data import Refused
 from minilora.wordpiece import WordPiece
 
 # What a manifest says of the layout of its folder; an exported folder of another format is refused.
-# In those before the last each graph holds its weights itself.
-FORMATS = {"mora": (1, 2), "selora": (2, 3)}
+# In the first of each kind every graph holds its weights itself; in mora's third every graph takes
+# all modalities, those too that the sample has not itself.
+FORMATS = {"mora": (1, 2, 3), "selora": (2, 3)}
 WEIGHTS = "weights.bin"  # weights that graphs of a folder share; its manifest says where each stands
 VOCABULARY = "vocab.txt"  # in a folder whose words are pieces of a vocabulary
 # Parity with torch, relative to max(1, |value|): of a probability or a logit; of a pixel in [-1,1]
@@ -146,6 +147,10 @@ def entries(manifest):
     if "weights" in manifest:
         common["weights"] = partial(is_table, test=is_weight)
     if manifest.get("kind") == "mora":
+        if manifest.get("format") == 3:
+            common["absent"] = ("fill",)
+        elif "absent" in manifest:
+            common["absent"] = ("mask", "dummy")
         return common | {
             "numeric": partial(is_table, test=are_columns),
             "classes": are_names,
@@ -357,8 +362,9 @@ class Diagnoser:
     """A diagnosis model from a folder that `export.py mora` wrote.
 
     batch: samples that are read and run at once; spare: slower, with less memory.
-    `.provider` is what onnxruntime really uses,
-    `.manifest` what the folder says of itself (classes, modalities, ...).
+    `.provider` is what onnxruntime really uses, `.manifest` what the folder says of itself (classes,
+    modalities, ...), `.fills` whether it was trained with `--absent fill`: every sample then has
+    content for every modality, and `predict` is told which is not the patient's own.
     """
 
     def __init__(self, folder, device="auto", batch=64, spare=False):
@@ -371,6 +377,7 @@ class Diagnoser:
         self.classes = self.manifest["classes"]
         self.numeric = self.manifest["numeric"]
         self.prepared = self.manifest.get("prepared", {})
+        self.fills = self.manifest.get("absent") == "fill"
         self.tokenizer = tokenizer(self)
         self.sessions = {}
         self.provider = self.session("mask").get_providers()[0]
@@ -407,19 +414,23 @@ class Diagnoser:
             feed[name] = value
         return session.run(["logits", "probabilities"], feed)
 
-    def predict(self, images=None, notes=None, **numeric):
+    def predict(self, images=None, notes=None, filled=None, **numeric):
         """Probabilities [B,C] float32, whatever each of the B samples has.
 
         images: B of uint8 [H,W] or [H,W,3] of any size, or None. notes: B of str, or None.
         numeric: by modality name, B rows [F] in the order of
         `manifest['numeric'][name]['columns']`, or {column: value}, or None; NaN = that value is
-        missing. Samples are grouped by what is present, and each group runs its own graph. Raises
+        missing. filled: of a model that was trained with absent inputs filled, B collections of the
+        modalities, as {'image'}, whose content is not the patient's own but another patient's, or
+        drawn. Samples are grouped by what is present, and each group runs its own graph. Raises
         `Refused`, a ValueError, that says which sample is wrong and how.
         """
         given, B = self.request(images, notes, numeric)
+        imputed = self.imputed(filled, B)  # [B,M]
         result = np.zeros((B, len(self.classes)), np.float32)
         for first in range(0, B, self.batch):
-            inputs, present = self.inputs(given, range(first, min(first + self.batch, B)))
+            samples = range(first, min(first + self.batch, B))
+            inputs, present = self.inputs(given, samples, imputed)
             for pattern in np.unique(present, axis=0):  # [M]
                 rows = np.flatnonzero((present == pattern).all(1))
                 graph = data.pattern_name(pattern, self.modalities)
@@ -453,9 +464,35 @@ class Diagnoser:
             )
         return given, lengths.pop()
 
-    def inputs(self, given, samples):
+    def imputed(self, filled, B):
+        """[B,M] bool: which content `predict` was told is not the patient's own."""
+        imputed = np.zeros((B, len(self.modalities)), bool)
+        if filled is None:
+            return imputed
+        if not isinstance(filled, (list, tuple)):
+            raise Refused(f"filled is one {type(filled).__name__}; give a list, one collection of "
+                          "modalities per sample")
+        if len(filled) != B:
+            raise Refused(f"filled has {len(filled)} items for {B} samples; give one per sample")
+        for i, names in enumerate(filled):
+            if not isinstance(names, (set, frozenset, list, tuple)):
+                raise Refused(f"filled of sample {i} is {type(names).__name__}; need a set or a "
+                              "list of modalities, empty if all is the patient's own")
+            for name in names:
+                if not isinstance(name, str) or name not in self.modalities:
+                    choices = ", ".join(self.modalities)
+                    raise Refused(f"filled of sample {i} names {name!r:.40}; this model has {choices}")
+                if not self.fills:
+                    raise Refused(
+                        f"filled of sample {i} names '{name}', but {self.folder} was not trained "
+                        "with absent inputs filled; leave filled out, and what is absent too"
+                    )
+                imputed[i, self.modalities.index(name)] = True
+        return imputed
+
+    def inputs(self, given, samples, imputed=None):
         """({modality: array} with zeros for what is absent, presence [b,M] bool) of b samples of a
-        request, a range."""
+        request, a range. What is `imputed`, [B,M] of the whole request, is not present."""
         present = np.zeros((len(samples), len(self.modalities)), bool)
         inputs = {}
         for column, name in enumerate(self.modalities):
@@ -474,7 +511,28 @@ class Diagnoser:
         if empty.any():
             choices = ", no ".join(self.modalities)
             raise Refused(f"sample {samples[int(empty.argmax())]} has nothing: no {choices}")
+        if self.fills:
+            self.check_whole(present, samples)
+        if imputed is not None:
+            present &= ~imputed[samples.start : samples.stop]
+        empty = ~present.any(1)
+        if empty.any():
+            i = samples[int(empty.argmax())]
+            choices = ", ".join(self.modalities)
+            raise Refused(f"sample {i}: all of {choices} is named in filled, so that nothing is the "
+                          "patient's own")
         return inputs, present
+
+    def check_whole(self, has, samples):
+        """`Refused` unless each of b samples, a range, has content for every modality; has [b,M]."""
+        lacks = ~has
+        if lacks.any():
+            row, column = np.argwhere(lacks)[0]
+            name = self.modalities[column]
+            raise Refused(
+                f"sample {samples[row]} has no {name}: {self.folder} was trained with absent inputs "
+                f"filled: give content for {name} and name it in filled"
+            )
 
     def encoder(self, name):
         """(shape, dtype, function) of a modality: the function takes one sample's value and what to
@@ -682,12 +740,15 @@ def walk(steps, schedule):
     return np.rint(np.arange(steps, 0, -1) * schedule / steps).astype(np.int64) - 1
 
 
-def fill_in(diagnoser, synthesizer, notes, numeric, draws, steps, guidance, grain=True):
+def fill_in(
+    diagnoser, synthesizer, notes, numeric, draws, steps, guidance, grain=True, filled=None
+):
     """Probabilities [draws,B,C] of samples that have words but no image: for each draw an image
     from the words, then the diagnosis of the complete sample. The mean over draws marginalises the
     missing image.
 
-    notes: B of str; numeric: {modality: B rows or None}. Draw k is that of seed k, so fewer draws
+    notes: B of str; numeric: {modality: B rows or None}; filled: B collections of what else is not
+    the patient's own, as `Diagnoser.predict` takes them. Draw k is that of seed k, so fewer draws
     are the first of more. `Refused` if the two models do not fit: no image modality, other image
     sizes or channels."""
     if not {"image", "note"} <= set(diagnoser.modalities):
@@ -701,10 +762,12 @@ def fill_in(diagnoser, synthesizer, notes, numeric, draws, steps, guidance, grai
                 f"{synthesizer.folder}: draws {what} {size}; "
                 f"{diagnoser.folder} was trained on {wanted}"
             )
+    if diagnoser.fills:  # told that the images are drawn; any other model takes them for its own
+        filled = [{*names, "image"} for names in filled or [()] * len(notes)]
     probabilities = []
     for k in range(draws):
         images = synthesizer.sample(notes, steps, guidance, seed=k, grain=grain)
-        probabilities.append(diagnoser.predict(list(images), notes, **numeric))
+        probabilities.append(diagnoser.predict(list(images), notes, filled, **numeric))
     return np.stack(probabilities)
 
 

@@ -13,17 +13,20 @@ size.
 import argparse
 import csv
 import io
+import json
 import os
 import re
 import sys
 import unicodedata
 from collections import Counter
+from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 
 import numpy as np
 
 from minilora import data, metrics, words
+from minilora.compare import MOST, Cases, compare, conclusions, in_words, plain
 from minilora.data import Refused
 from minilora.serve import Diagnoser, Synthesizer, check, fill_in, own_manifest, tolerance
 
@@ -96,6 +99,14 @@ def add_predict(p):
     )
     p.add_argument("--missing", help="with --split: apply its stored missing table, TYPE:RATE")
     p.add_argument("--out", type=Path, help="with --data: CSV of probabilities")
+    p.add_argument("--scores", type=Path, help="with --data: JSON of all that is printed")
+    p.add_argument(
+        "--filled",
+        action="append",
+        metavar="MODALITY",
+        help="of a model that was trained with --absent fill: what is given for this modality is "
+        "another patient's, or drawn; may be given several times",
+    )
     p.add_argument(
         "--batch", type=int, default=64, help="samples that are run at once (default: 64)"
     )
@@ -194,6 +205,10 @@ def sign_name(match):
 
 def predict_one(diagnoser, args, columns):
     """Probabilities of the one sample on the command line, as bars."""
+    if args.scores:
+        raise Refused(f"--scores {args.scores} is for --data FILE.npz; one sample has no score")
+    filled = [set(args.filled or ())]
+    imputed = diagnoser.imputed(filled, 1)  # [1,M]
     numeric = {}  # {modality: [{column: value}]}
     for flag, (name, column) in columns.items():
         value = getattr(args, f"column {flag}")
@@ -214,16 +229,18 @@ def predict_one(diagnoser, args, columns):
             "probabilities averaged"
         )
         synthesizer = Synthesizer(args.synthesizer, args.device)
-        drawing = (args.draws, args.steps, args.guidance, args.grain)
+        drawing = (args.draws, args.steps, args.guidance, args.grain, filled)
         each = fill_in(diagnoser, synthesizer, notes, numeric, *drawing)  # [draws,1,C]
         return show(diagnoser, each.mean(0)[0])
     if images is None and notes is None and not numeric:
         flags = ", ".join(f"--{flag}" for flag in ("image", "note", *columns))
         raise Refused(f"nothing to diagnose: give --data FILE.npz, or any of {flags}")
-    probabilities = diagnoser.predict(images, notes, **numeric)[0]
+    probabilities = diagnoser.predict(images, notes, filled, **numeric)[0]
     given, _ = diagnoser.request(images, notes, numeric)
-    _, present = diagnoser.inputs(given, range(1))
-    print(f"present: {', '.join(compress(diagnoser.modalities, present[0]))}")
+    _, present = diagnoser.inputs(given, range(1), imputed)
+    own = ", ".join(compress(diagnoser.modalities, present[0]))
+    others = ", ".join(compress(diagnoser.modalities, imputed[0]))
+    print(f"present: {own}" + (f"; filled: {others}" if others else ""))
     show(diagnoser, probabilities)
 
 
@@ -245,6 +262,61 @@ def predict_file(diagnoser, args):
     manifest = diagnoser.manifest
     study = data.load_study(args.data, args.synthetic_notes, diagnoser.classes, training=False)
     names = shared_modalities(study, diagnoser, args.data)
+    compare_studies(study, diagnoser, names, args)
+    split = read_split(study, args) if args.split else None
+    rows, present = chosen_rows(study, split, args)
+    # [n, modalities in names]
+    present = present[:, [study.modalities.index(name) for name in names]]
+    gaps = drawable(present, names, args)  # [n]
+    whose = None
+    if diagnoser.fills:
+        whose = donors(diagnoser, study, names, rows, present, gaps, split, args)
+    cases = cases_of(study, names, rows, present, whose)
+    # Without a donor, what is to be drawn cannot be diagnosed before.
+    before = ~gaps if diagnoser.fills and split is None else np.ones(len(rows), bool)
+    probabilities = np.zeros((len(rows), len(diagnoser.classes)), np.float32)
+    if before.any():
+        probabilities[before] = cases.take(before).predict(diagnoser)
+    patterns = [data.pattern_name(row, names) for row in present]
+    comparison = None
+    if gaps.any():
+        drawing = Drawing(diagnoser, study, split, args)
+        without = probabilities[gaps] if before.all() else None
+        probabilities[gaps], comparison = drawing.fill(cases.take(gaps), rows[gaps], without)
+        for i in np.flatnonzero(gaps):
+            patterns[i] += "+drawn image"
+
+    labelled = study.labelled[rows]
+    about = ""
+    if study.synthetic or manifest["synthetic"]:
+        about = " (synthetic data)"
+    if study.synthetic_notes or manifest["synthetic_notes"]:
+        about = " (synthetic notes)"
+    scores = {}
+    if labelled.any():
+        scores = metrics.scores(study.labels[rows][labelled], probabilities[labelled])
+    results = ", ".join(in_words(scores))
+    print(f"{args.data}{about}: {len(rows)} samples, {labelled.sum()} labelled; {results}")
+    counts = dict(zip(*np.unique(patterns, return_counts=True)))
+    print("present: " + ", ".join(f"{pattern} {count}" for pattern, count in counts.items()))
+    if args.out:
+        write_table(args.out, diagnoser, study, rows, patterns, probabilities)
+        print(f"probabilities: {args.out}")
+    if args.scores:
+        content = {"data": args.data.name, "missing": args.missing, "samples": len(rows)}
+        content |= {"labelled": labelled.sum(), "present": counts, "scores": scores}
+        content = plain(content | {"filled_in": comparison})
+        data.write_atomic(args.scores, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        print(f"scores: {args.scores}")
+
+
+def compare_studies(study, diagnoser, names, args):
+    """Say where the pictures of a file were made otherwise than those of training, or the model was
+    trained on the file; `Refused` if the labels are of another kind, or a flag is for one sample."""
+    if args.filled:
+        raise Refused(f"--filled {args.filled[0]} is for one sample; with --data, the donors of "
+                      "--split RUN/split-sN.npz fill in what is absent")
+    manifest = diagnoser.manifest
     pictures = [(p.get("size"), p.get("fit")) for p in (study.prepared, diagnoser.prepared)]
     if "image" in names and all(pictures[0]) and pictures[0] != pictures[1]:
         print(f"{args.data}: pictures were made {pictures[0][0]} pixels by {pictures[0][1]}; the "
@@ -257,37 +329,63 @@ def predict_file(diagnoser, args):
                 "the model was trained on part of this file; "
                 "--split RUN/split-s0.npz keeps to the test part"
             )
-    rows, present = chosen_rows(study, args)
-    # [n, modalities in names]
-    present = present[:, [study.modalities.index(name) for name in names]]
-    values = {"image": study.images, "note": study.notes, **study.numeric}
-    request = {}
-    for name, column in zip(names, present.T):
-        request[name] = [values[name][row] if p else None for row, p in zip(rows, column)]
-    probabilities = diagnoser.predict(
-        request.get("image"), request.get("note"), **numeric_part(request)
-    )
-    patterns = [data.pattern_name(row, names) for row in present]
-    if args.synthesizer:
-        gaps = fill_file(diagnoser, args, study, rows, request, probabilities)
-        for i in np.flatnonzero(gaps):
-            patterns[i] += "+drawn image"
 
-    labelled = study.labelled[rows]
-    about = ""
-    if study.synthetic or manifest["synthetic"]:
-        about = " (synthetic data)"
-    if study.synthetic_notes or manifest["synthetic_notes"]:
-        about = " (synthetic notes)"
-    results = ""
-    if labelled.any():
-        results = ", ".join(scores(study.labels[rows][labelled], probabilities[labelled]))
-    print(f"{args.data}{about}: {len(rows)} samples, {labelled.sum()} labelled; {results}")
-    counts = zip(*np.unique(patterns, return_counts=True))
-    print("present: " + ", ".join(f"{pattern} {count}" for pattern, count in counts))
-    if args.out:
-        write_table(args.out, diagnoser, study, rows, patterns, probabilities)
-        print(f"probabilities: {args.out}")
+
+def cases_of(study, names, rows, present, whose):
+    """The n rows of a study as a `Diagnoser` takes them. present [n, modalities in names]; whose:
+    the same of row numbers, whose content stands for what is absent, or None for none."""
+    columns = {"image": study.images, "note": study.notes, **study.numeric}
+    values = {}
+    for j, name in enumerate(names):
+        have = present[:, j]
+        if whose is None:
+            values[name] = [columns[name][row] if p else None for row, p in zip(rows, have)]
+        else:
+            values[name] = [columns[name][row] for row in np.where(have, rows, whose[:, j])]
+    return Cases(values, [set(compress(names, ~row)) for row in present])
+
+
+def donors(diagnoser, study, names, rows, present, gaps, split, args):
+    """[n, modalities in names] of whose content stands for what the rows lack, or None without a
+    split: then `Refused` if a row lacks anything but an image that is to be drawn."""
+    for name in diagnoser.modalities:
+        if name not in names:
+            raise Refused(f"{args.data}: has no {name}, and {diagnoser.folder} was trained with "
+                          f"absent inputs filled: it needs content for {name} in every row")
+    lacks = ~present
+    if split is None:
+        if "image" in names:
+            lacks[gaps, names.index("image")] = False
+        if lacks.any():
+            i, j = np.argwhere(lacks)[0]
+            raise Refused(
+                f"{args.data}: row {shown_row(study, rows[i])} has no {names[j]}, and "
+                f"{diagnoser.folder} was trained with absent inputs filled: give --split "
+                "RUN/split-sN.npz, which names donors, or for images --synthesizer FOLDER"
+            )
+        return None
+    if "donors" not in split:
+        raise Refused(f"{args.split}: names no donors; {diagnoser.folder} was trained with absent "
+                      "inputs filled, and the split files of its run do")
+    order = list(split["modalities"])
+    whose = split["donors"]
+    fits = whose.shape == (len(study), len(order)) and whose.dtype.kind in "iu"
+    if not fits or not {*names} <= {*order} or not np.isin(whose, np.arange(len(study))).all():
+        raise Refused(f"{args.split}: donors {data.form(whose)} of {', '.join(order)} are not rows "
+                      f"of the {len(study)} samples of {args.data}")
+    whose = whose[rows][:, [order.index(name) for name in names]]
+    have = study.have()[:, [study.modalities.index(name) for name in names]]
+    for j, name in enumerate(names):
+        empty = lacks[:, j] & ~have[whose[:, j], j]
+        if empty.any():
+            row = shown_row(study, whose[empty, j][0])
+            raise Refused(f"{args.split}: row {row} is to give its {name}, and has none")
+    return whose
+
+
+def shown_row(study, row):
+    """The number of a study's row in its file."""
+    return row if study.rows is None else study.rows[row]
 
 
 def shared_modalities(study, diagnoser, path):
@@ -310,24 +408,36 @@ def shared_modalities(study, diagnoser, path):
     return names
 
 
-def chosen_rows(study, args):
+def read_split(study, args):
+    """{name: array} of --split; `Refused` if it is not one of this study."""
+    split = {"modalities": np.empty(0, str), "train": np.empty(0, int)} | data.read_npz(args.split)
+    fits = "test" in split
+    for part in {"train", "test"} & {*split}:
+        whole = split[part].ndim == 1 and split[part].dtype.kind in "iu"
+        fits &= bool(whole and np.isin(split[part], np.arange(len(study))).all())
+    for key, table in split.items():
+        if key.startswith("present "):
+            fits &= table.shape == (len(study), split["modalities"].size)
+    if not fits:
+        raise Refused(f"{args.split}: not a split of the {len(study)} samples of {args.data}")
+    return split
+
+
+def chosen_rows(study, split, args):
     """(row indices [n], presence [n,M]) of a study file: all of it, or the test part of a run's
     split with its table."""
     have = study.have()  # [N,M]
-    if not args.split:
+    if split is None:
         if args.missing:
             raise Refused(
                 f"--missing {args.missing} names a table of a split file; "
                 "give --split RUN/split-s0.npz too"
             )
         return np.arange(len(study)), have
-    split = data.read_npz(args.split)
-    if "test" not in split or split["test"].max(initial=0) >= len(study):
-        raise Refused(f"{args.split}: not a split of the {len(study)} samples of {args.data}")
     rows = split["test"]
     if args.missing:
         key = f"present {args.missing}"
-        if key not in split or len(split[key]) != len(study):
+        if key not in split:
             tables = [k.removeprefix("present ") for k in split if k.startswith("present ")]
             raise Refused(
                 f"{args.split}: no table '{args.missing}' for this file; "
@@ -339,66 +449,82 @@ def chosen_rows(study, args):
     return rows, have[rows]
 
 
-def numeric_part(request):
-    """The numeric modalities of a request {modality: n values}."""
-    return {name: rows for name, rows in request.items() if name not in ("image", "note")}
-
-
-def scores(labels, probabilities):
-    """Each score of probabilities [n,C] against labels, in words."""
-    results = metrics.scores(labels, probabilities)
-    without = results.pop("without_positive", 0)
-    words = [f"{name.replace('_', '-')} {value:.3f}" for name, value in results.items()]
-    if without:
-        words.append(f"{without} findings without a positive, left out of macro-F1")
-    return words
-
-
-def fill_file(diagnoser, args, study, rows, request, probabilities):
-    """Diagnose again the rows that have words and lack their image, with drawn images, in place in
-    `probabilities` [n,C]; returns those rows, [n] bool. Where the file has the images that were
-    withheld, a comparison is printed."""
-    if not {"image", "note"} <= set(request):
-        names = ", ".join(request)
-        raise Refused(f"--synthesizer fills in images from words; {args.data} has {names}")
-    pairs = zip(request["image"], request["note"])
-    gaps = np.array([image is None and note is not None for image, note in pairs])
+def drawable(present, names, args):
+    """[n] bool: rows that have words and lack their image, if there is a --synthesizer."""
+    gaps = np.zeros(len(present), bool)
+    if not args.synthesizer:
+        return gaps
+    if not {"image", "note"} <= {*names}:
+        raise Refused(f"--synthesizer fills in images from words; {args.data} has {', '.join(names)}")
+    gaps |= ~present[:, names.index("image")] & present[:, names.index("note")]
     if not gaps.any():
         print("no sample has words without an image: nothing to fill in")
-        return gaps
-    synthesizer = Synthesizer(args.synthesizer, args.device)
-    compare_origins(synthesizer.manifest, diagnoser.manifest)
-    part = {name: list(compress(values, gaps)) for name, values in request.items()}
-    notes = part["note"]
-    numeric = numeric_part(part)
-    chosen = rows[gaps]
-    images = study.images[chosen]
-    # These images are in the file: they were withheld, and are not missing.
-    withheld = study.labelled[chosen] & ~data.blank(images)
-    draws = args.draws
-    if withheld.any():
-        draws = max(16, draws)  # the comparison wants 16
-    drawing = (draws, args.steps, args.guidance, args.grain)
-    each = fill_in(diagnoser, synthesizer, notes, numeric, *drawing)  # [draws, gaps, C]
-    if withheld.any():
-        images = [image if shown else None for image, shown in zip(images, withheld)]
-        answers = {
-            "words only": probabilities[gaps],
-            "1 drawn": each[:1].mean(0),
-            "4 drawn": each[:4].mean(0),
-            "16 drawn": each[:16].mean(0),
-            "true image": diagnoser.predict(images, notes, **numeric),
-        }
-        print(
-            f"{withheld.sum()} labelled samples whose image was withheld, by words alone, "
-            f"by drawn images ({args.steps} steps, guidance {args.guidance:g}"
-            f"{'' if args.grain else ', no grain'}), and by the true image:"
-        )
-        labels = study.labels[chosen][withheld]
-        for name, p in answers.items():
-            print(f"  {name:12s}  " + "  ".join(scores(labels, p[withheld])))
-    probabilities[gaps] = each[: args.draws].mean(0)
     return gaps
+
+
+@dataclass
+class Drawing:
+    """Images that are drawn where a study's are missing."""
+
+    diagnoser: Diagnoser
+    study: data.Study
+    split: dict | None
+    args: argparse.Namespace
+
+    def fill(self, cases, rows, without):
+        """(probabilities [n,C] with drawn images, what the comparison with other images gave or
+        None) of n rows that have words and lack their image; without [n,C]: as they are. Where the
+        file has the images that were withheld, the comparison is printed."""
+        args = self.args
+        synthesizer = Synthesizer(args.synthesizer, args.device)
+        compare_origins(synthesizer.manifest, self.diagnoser.manifest)
+        # These images are in the file: they were withheld, and are not missing.
+        withheld = self.study.labelled[rows] & ~data.blank(self.study.images[rows])
+        draws = args.draws
+        if withheld.any():
+            draws = max(MOST, draws)
+        values = dict(cases.values)
+        del values["image"]
+        notes = values.pop("note")
+        drawing = (draws, args.steps, args.guidance, args.grain, cases.told(self.diagnoser))
+        each = fill_in(self.diagnoser, synthesizer, notes, values, *drawing)  # [draws,n,C]
+        comparison = None
+        if withheld.any():
+            if without is not None:
+                without = without[withheld]
+            part = cases.take(withheld)
+            comparison = self.compare(part, rows[withheld], each[:, withheld], without)
+        return each[: args.draws].mean(0), comparison
+
+    def compare(self, cases, rows, each, without):
+        """What is printed, and written with --scores, of n labelled samples whose image was
+        withheld; each [draws,n,C]: with each drawn image."""
+        args = self.args
+        study = self.study
+        answers, reasons = compare(self.diagnoser, cases, study, rows, self.split, each, without)
+        labels = study.labels[rows]
+        scores = {name: metrics.scores(labels, p) for name, p in answers.items()}
+        found = conclusions(study, labels, answers)
+        print(
+            f"{len(rows)} labelled samples whose image was withheld, with random training images of "
+            f"other patients, with drawn ones ({args.steps} steps, guidance {args.guidance:g}"
+            f"{'' if args.grain else ', no grain'}), and with the true image; probabilities are "
+            "averaged:"
+        )
+        width = max(map(len, answers))
+        for name, values in scores.items():
+            print(f"  {name:{width}s}  " + "  ".join(in_words(values)))
+        for line in (*reasons, *(result["sentence"] for result in found)):
+            print(line)
+        return {
+            "samples": len(rows),
+            "steps": args.steps,
+            "guidance": args.guidance,
+            "grain": args.grain,
+            "rows": scores,
+            "comparisons": found,
+            "left_out": reasons,
+        }
 
 
 def compare_origins(synthesizer, diagnoser):
@@ -429,7 +555,7 @@ def write_table(path, diagnoser, study, rows, patterns, probabilities):
         predicted = p >= 0.5 if diagnoser.manifest["multilabel"] else p == p.max()
         table.writerow(
             [
-                row if study.rows is None else study.rows[row],
+                shown_row(study, row),
                 pattern,
                 "|".join(compress(classes, true)),
                 "|".join(compress(classes, predicted)),

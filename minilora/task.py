@@ -290,9 +290,16 @@ def input_sizes(vit_config):
     return vit_config["image_size"], vit_config["channels"], note_encoder(vit_config)
 
 
-def numeric_scales(study, rows):
-    """{numeric modality: (mean [F], scale [F])} over the given rows."""
-    return {m: data.numeric_scale(values[rows]) for m, values in study.numeric.items()}
+def numeric_scales(study, rows, present=None):
+    """{numeric modality: (mean [F], scale [F])} over the given rows, where `present` [N,M] leaves
+    them their numbers."""
+    scales = {}
+    for name, values in study.numeric.items():
+        seen = values[rows]
+        if present is not None:
+            seen = np.where(present[rows][:, [study.modalities.index(name)]], seen, np.nan)
+        scales[name] = data.numeric_scale(seen)
+    return scales
 
 
 def tests_of(cfg):
@@ -330,9 +337,9 @@ def draw_task(cfg, study, seed):
         "parts": parts,
         "tables": {t: data.missing_table(have, study.modalities, t, seed, study.labels) for t in texts},
         "order": np.random.default_rng((seed, 14)).permutation(len(study)),
-        "scales": numeric_scales(study, parts["train"]),
     }
-    if cfg.absent == "fill":
+    draw["scales"] = numeric_scales(study, parts["train"], draw["tables"][cfg.missing])
+    if cfg.absent == "fill" or cfg.absent.startswith("draw:"):
         draw["donors"] = draw_donors(study, parts["train"], draw["tables"][cfg.missing], seed)
     return draw
 
@@ -402,7 +409,13 @@ def load_task(study, draw, missing, vit_config, device):
     content = dict.fromkeys(tables)
     if "donors" in draw:
         own = np.arange(len(study))[:, None]
-        donors = draw["donors"]
+        donors = draw["donors"].copy()
+        if "drawn" in draw:
+            images = data.stack_images(draw["drawn"], *input_sizes(vit_config)[:2])
+            first = len(inputs["image"])
+            inputs["image"] = np.concatenate([inputs["image"], images])
+            m = study.modalities.index("image")
+            donors[draw["drawn_rows"], m] = first + np.arange(len(images))
         content = {k: np.where(have, own, donors[own[:, 0] % len(donors)]) for k, have in tables.items()}
         content = on(device, content)
     tables = on(device, {k: v.astype(np.float32) for k, v in tables.items()})
@@ -491,11 +504,29 @@ def draw_studies(cfg, study, draw, seed, device):
     complete[:, study.modalities.index("image")] = True
     labels = study.labels[source]
     present = data.missing_table(complete, study.modalities, cfg.missing, seed + 10**6, labels)
+    print(f"seed {seed}: {count} studies of --augment {cfg.augment} beside {len(train)} real ones")
     return {
         "source": source,
         "images": data.resize(images, cfg.image_size),
         "present": present,
     }
+
+
+def draw_absent(cfg, study, draw, seed, device):
+    """Images for --absent draw:RUN: of each sample that has words and no image under a missing table
+    of the run, {'drawn_rows': [n], 'drawn': uint8 [n,S,S]}."""
+    image = study.modalities.index("image")
+    note = study.modalities.index("note")
+    lacks = np.zeros(len(study), bool)
+    for table in draw["tables"].values():
+        lacks |= table[:, note] & ~table[:, image]
+    rows = np.flatnonzero(lacks)
+    train = draw["parts"]["train"]
+    table = draw["tables"][cfg.missing]
+    whole = train[table[train][:, [image, note]].all(1)]
+    run = cfg.absent.removeprefix("draw:")
+    images = drawn_images(cfg, run, study, rows, train, whole, seed, device)
+    return {"drawn_rows": rows, "drawn": data.resize(images, cfg.image_size)}
 
 
 def source_rows(worded, usable, count, seed):
@@ -532,8 +563,7 @@ def drawn_images(cfg, run, study, source, train, whole, seed, device):
     checkpoint.check_form(Path(run) / "model.pt", saved, {"study": str})
     if saved["study"] != data.fingerprint(study.select(("image", "note"), False)):
         raise Refused(
-            f"--augment {run}: was trained on {saved['data']}, another study than this run's "
-            f"{study.name}"
+            f"{run}: was trained on {saved['data']}, another study than this run's {study.name}"
         )
     path = Path(run) / f"split-s{seed}.npz"
     seen = data.read_npz(path).get("train")
@@ -542,15 +572,15 @@ def drawn_images(cfg, run, study, source, train, whole, seed, device):
     outside = int((~np.isin(seen, train)).sum())
     if outside:
         raise Refused(
-            f"--augment {run}: at seed {seed} it saw {outside} samples outside this run's training "
-            "split; train it with the same --train-share"
+            f"{run}: at seed {seed} it saw {outside} samples outside this run's training split; train "
+            "it with the same --train-share"
         )
     withheld = int((~np.isin(seen, whole)).sum())
     if withheld:
         raise Refused(
-            f"--augment {run}: at seed {seed} it saw {withheld} samples of which --missing "
-            f"{cfg.missing} withholds the image or the note here; train it with --table RUN, a run "
-            "of train_mora.py on the same data with the same seeds, --missing and --train-share"
+            f"{run}: at seed {seed} it saw {withheld} samples of which --missing {cfg.missing} "
+            "withholds the image or the note here; train it with --table RUN, a run of train_mora.py "
+            "on the same data with the same seeds, --missing and --train-share"
         )
     config = saved["config"]
     ids = tokenize(study.notes[source], config["buckets"], config["positions"])
@@ -563,8 +593,7 @@ def drawn_images(cfg, run, study, source, train, whole, seed, device):
     )
     if images.ndim != study.images.ndim:
         raise Refused(
-            f"--augment {run}: draws images {list(images.shape[1:])}; {study.name} has "
-            f"{list(study.images.shape[1:])}"
+            f"{run}: draws images {list(images.shape[1:])}; {study.name} has {list(study.images.shape[1:])}"
         )
     return images
 
@@ -647,13 +676,47 @@ def read_studies(cfg):
     return {"source": source, "target": target}, drawable
 
 
-def finished_rule(ctx, job, seed, path, name):
+def left_by_table(run, study, seed, split):
+    """The rows of split['train'] that a run of train_mora.py trained on at this seed, of which its
+    missing table left image and note. `Refused` if it is no such run, or of another study."""
+    config = checkpoint.read_json(run / "config.json")
+    text = config.get("missing") if isinstance(config, dict) else None
+    if not isinstance(text, str):
+        raise Refused(f"--table {run}: not a run of train_mora.py")
+    path = run / f"split-s{seed}.npz"
+    if not path.exists():
+        raise Refused(f"--table {run}: has no seed {seed}")
+    arrays = data.read_npz(path)
+    table = arrays.get(f"present {text}")
+    names = arrays.get("modalities")
+    if table is None or names is None or table.shape[1:] != names.shape:
+        raise Refused(f"{path}: has no missing table '{text}'")
+    names = names.tolist()
+    if not {"image", "note"} <= {*names}:
+        raise Refused(f"--table {run}: its modalities are {', '.join(names)}; image and note are needed")
+    own = data.split(study, seed)
+    same = [np.array_equal(arrays.get(part), own[part]) for part in ("val", "test")]
+    inside = np.isin(arrays.get("train", -1), own["train"])
+    if len(table) != len(study) or not all(same) or not inside.all():
+        raise Refused(f"--table {run}: splits another study of {len(table)} samples than this run's "
+                      f"{study.name} of {len(study)}")
+    whole = table[:, [names.index("image"), names.index("note")]].all(1)  # [N]
+    seen = np.intersect1d(split["train"], arrays["train"])
+    left = seen[whole[seen]]
+    if not len(left):
+        raise Refused(f"--table {run}: left no training sample at seed {seed} both image and note")
+    return left
+
+
+def finished_rule(cfg, ctx, job, seed, lr, path, name):
     """The content of a finished job's file, `ctx` as in train_selora.py; `Refused` if it does not
     hold what that job would write."""
     content = checkpoint.load(path, "selora adapter", name)
     check_base(path, content, ctx.base_hash)
     final = {}
-    if job.rule not in ("unadapted", "full"):
+    if path.parent.name == "picks" and not content["state"]:
+        final = content["ranks"]  # a rate that lost keeps its scores alone
+    elif job.rule not in ("unadapted", "full"):
         final = ranks_in(path, content["state"])
     steps = [step for step, _ in content["history"]]
     ranks = [ranks for _, ranks in content["history"]]
@@ -662,11 +725,13 @@ def finished_rule(ctx, job, seed, path, name):
     if ctx.judges:
         judge = ctx.judges[seed]
         results |= {"frechet", "nearest", *judge.truths}
-        results |= {f"{fact}, words ignored" for fact in judge.facts()}
+        if not cfg.rules_table:
+            results |= {f"{fact}, words ignored" for fact in judge.facts()}
     check_entries(path, {
         "method": (content["method"], job.name),
         "rule": (content["rule"], job.rule),
         "seed": (content["seed"], seed),
+        "lr": (content.get("lr"), lr),
         "ranks": (content["ranks"], final),
         "history": ((steps[:1], layers, ranks[-1:]), ([0], [{*final}] * len(layers), [final])),
         "result": ({*content["result"]}, results),

@@ -25,7 +25,7 @@ TINY = {
     train_mora: ["--seeds", "1", "--steps", "12", "--pretrain-steps", "10", "--phantoms", "240", "--width", "16", "--depth", "2", "--heads", "2", "--batch", "16",
                  "--buckets", "128", "--lr", "0.01", "--methods", "head", "mora"],
     train_selora: ["--seeds", "1", "--steps", "14", "--every", "4", "--pretrain-steps", "6", "--vae-steps", "4", "--phantoms", "120", "--batch", "8", "--width", "8",
-                   "--text-width", "8", "--vae-width", "8", "--heads", "2", "--sample-steps", "2", "--buckets", "64", "--positions", "10", "--lam", "1.01"]}  # fmt: skip
+                   "--text-width", "8", "--vae-width", "8", "--heads", "2", "--sample-steps", "2", "--buckets", "64", "--positions", "10", "--lam", "1.01", "--lr", "0.01", "full:0.001"]}  # fmt: skip
 NAMES = ("config.json", "metrics.json", "model.pt", "log.jsonl", "split-s0.npz", "adapters/*.pt")
 
 

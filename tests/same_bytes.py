@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SIZES = "--phantoms 240 --batch 16 --width 16 --heads 2 --buckets 128 --device cpu --pretrain-steps 10"
 MORA = f"train_mora.py {SIZES} --steps 12 --depth 2 --out"
-SELORA = f"train_selora.py {SIZES} --steps 14 --every 4 --vae-steps 4 --text-width 8 --vae-width 8 --sample-steps 2 --positions 10 --out"
+SELORA = f"train_selora.py {SIZES} --steps 14 --every 4 --vae-steps 4 --text-width 8 --vae-width 8 --sample-steps 2 --positions 10 --lr 0.01 full:0.001 --out"
 RUNS = [
     f"{MORA} m-all --seeds 2 --lr 0.01 --modalities image note vitals --test-missing any:0.7 image:0.5 --methods head lora mora mora-open mora-shuffled mora-all prompt full",
     f"{MORA} m-dummy --seeds 1 --absent dummy --methods head lora mora",
@@ -29,13 +29,13 @@ RUNS = [
     f"{MORA} m-base --seeds 1 --lr 0.01 --source m-all/phantoms.npz --methods mora --phantoms 200",
     f"stop {MORA} m-stopped --seeds 1 --lr 0.01 --methods head mora --steps 300",
     f"{SELORA} s-ratio --seeds 2 --lam 1.01 --judge m-all",
-    *[f"{SELORA} s-{rule} --seeds 1 --rule {rule}" for rule in ("gain", "random", "cheapest", "neyman", "inverse-cost", "fixed")],
+    *[f"{SELORA} s-{rule} --seeds 1 --rule {rule}" for rule in ("gain", "random-grown", "cheapest", "neyman", "inverse-cost", "uniform", "random", "probe-svd", "fixed")],
     f"{SELORA} s-replay --seeds 1 --rule replay --replay s-neyman",
     f"{SELORA} s-loop --seeds 1 --fisher loop --lam 1.5",
     f"{SELORA} s-expected --seeds 1 --ratio-of expected --amp",
     f"{SELORA} s-table --seeds 1 --rules-table --every 2 --capacity 4",
     f"stop {SELORA} s-stopped --seeds 1 --lam 1.01 --steps 200",
-    f"{MORA} m-augment --seeds 1 --lr 0.01 --methods mora --augment s-neyman:30",
+    f"{MORA} m-augment --seeds 1 --lr 0.01 --methods mora --missing any:0 --augment s-neyman:30",
     "export.py mora m-all",
     "export.py mora m-all --out half --fp16 --method lora --seed 1",
     "export.py mora m-dummy",

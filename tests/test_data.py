@@ -8,7 +8,7 @@ import pytest
 
 from minilora import data, metrics
 from minilora.data import Refused
-from minilora.phantoms import WORDS, phantoms
+from minilora.phantoms import FACTS, ODDS, WORDS, phantoms
 from minilora.words import CLS, UNK, tokenize, words_of
 
 
@@ -35,7 +35,9 @@ def test_phantoms_are_the_same_bytes_for_the_same_arguments():
     np.random.seed(7)  # nobody's state but the arguments
     for given, first in reversed(once.items()):
         assert content(*given) == first
-    assert content(50, 3, "target", 32) == once[50, 3]
+    assert content(50, 3, "target", 32) == content(50, 3, "target", 32, 0.6, 0.8, ODDS) == once[50, 3]
+    one = phantoms(50, 3)  # reports and diagnoses are whole numbers' draws: the same on every machine, in every version
+    assert data.digest([*one.notes.tolist(), *one.labels.tolist()])[:16] == "168965d3fcc18559"
     assert len({arrays["images"] for _, arrays in once.values()}) == len(once)
     one = phantoms(50, 3)
     assert one.modalities == ("image", "note", "vitals", "labs") and np.isnan(one.numeric["vitals"]).any()
@@ -75,6 +77,46 @@ def test_reports_state_the_lesion_in_three_of_five_and_rightly_in_four_of_five_o
         assert (side == -1) == (kind == 0)
     agree = s.attributes["agree"]
     assert abs((agree >= 0).mean() - 0.6) < 0.03 and abs((agree == 1).sum() / (agree >= 0).sum() - 0.8) < 0.03
+
+
+def stated_lesion(note):
+    """The kind of lesion that a report states, and the rest of it; (None, note) where it states none."""
+    first, *rest = note.split(", ")
+    for kind, phrases in enumerate(WORDS["kind"]):
+        if any(first.startswith(phrase) for phrase in phrases):
+            return kind, ", ".join(rest)
+    return None, note
+
+
+def likely(notes, labels, train, test):
+    """Labels of the test notes by naive Bayes over the words of the training ones, with classes as frequent as there."""
+    said = [{*words_of(note)} for note in notes]
+    words = sorted(set().union(*said))
+    bag = np.array([[w in each for w in words] for each in said])  # [N,V]
+    share = np.array([(bag[train][labels[train] == c].sum(0) + 1) / ((labels[train] == c).sum() + 2) for c in range(4)])  # [C,V]
+    prior = np.log([(labels[train] == c).mean() for c in range(4)])
+    return (bag[test] @ np.log(share).T + ~bag[test] @ np.log(1 - share).T + prior).argmax(1)
+
+
+def test_a_fact_that_only_the_image_shows_and_one_that_both_show():
+    """The two studies differ in the words of the lesion alone; in one words and diagnosis are independent, in the other the words name it."""
+    n = 4000
+    image, both = (phantoms(n, 2, **FACTS[fact]) for fact in ("image", "both"))
+    assert (image.images == both.images).all() and (image.labels == both.labels).all()
+    assert (image.attributes["kind"] == image.labels).all(), "the lesion decides"
+    stated, rest = zip(*map(stated_lesion, both.notes))
+    assert (np.array(stated) == both.labels).all() and list(rest) == list(image.notes)
+    assert {stated_lesion(note)[0] for note in image.notes} == {None}
+    # Counts of each phrase in each class, against those of independence: 4 sigma.
+    for phrase in {phrase for note in image.notes for phrase in note.split(", ")}:
+        says = np.array([phrase in note.split(", ") for note in image.notes])
+        for c in range(4):
+            expected = n * says.mean() * (image.labels == c).mean()
+            assert abs((says & (image.labels == c)).sum() - expected) < 4 * expected**0.5, phrase
+    train, test = np.arange(0, n, 2), np.arange(1, n, 2)
+    right = {s: (likely(notes, image.labels, train, test) == image.labels[test]).mean()
+             for s, notes in (("image", image.notes), ("both", both.notes), ("usual", phantoms(n, 2).notes))}
+    assert abs(right["image"] - 0.25) < 0.04 and right["both"] > 0.99 and 0.6 < right["usual"] < 0.9, right
 
 
 def test_each_scanner_keeps_its_noise_and_its_light():
@@ -162,7 +204,34 @@ def test_missing_tables():
         assert data.missing_table(np.ones((100, 2), bool), ("image", "note"), rate, 0).sum() == left
 
 
-@pytest.mark.parametrize("text,words", [("sound:0.5", "'sound'.*image, note, any, both"), ("image:1.5", "1.5.*outside"),
+def test_a_missing_type_that_follows_the_label():
+    mods, rng = ("image", "note", "vitals"), np.random.default_rng(1)
+    have, labels = np.ones((2000, 3), bool), rng.integers(0, 4, 2000)
+    have[:300, 0], have[300:500, :2] = False, False  # two modalities, one
+    labels[1500:] = -1
+    whole, known = have.all(1), labels >= 0
+    table = data.missing_table(have, mods, "label:0.7", 5, labels)
+    assert np.array_equal(table, data.missing_table(have, mods, "label:0.7", 5, labels))
+    assert (table <= have).all() and table.any(1).all() and (table[300:500] == have[300:500]).all()
+    lost = have & ~table
+    assert (lost.sum(1) <= 1).all() and abs(lost[have.sum(1) > 1].any(1).mean() - 0.7) < 0.03
+    rows = lost.any(1) & known
+    for i in np.flatnonzero(rows):
+        assert lost[i].argmax() == np.flatnonzero(have[i])[labels[i] % have[i].sum()]
+    assert {*lost[rows & whole].argmax(1)} == {0, 1, 2} and {*lost[:300][rows[:300]].argmax(1)} == {1, 2}
+    counts = lost[whole & ~known].sum(0)  # without a label, any of them
+    assert counts.min() > 0.8 * counts.mean() > 80
+    lower = data.missing_table(have, mods, "label:0.3", 5, labels)
+    assert (table <= lower).all() and not np.array_equal(table, lower)  # nested over rates
+    assert (data.missing_table(have, mods, "label:0", 5, labels) == have).all()
+    assert np.array_equal(lost.any(1), (have & ~data.missing_table(have, mods, "any:0.7", 5)).any(1))  # the same samples lose
+    with pytest.raises(Refused, match="missing type 'label' in 'label:0.7' needs one label a sample; none is known here"):
+        data.missing_table(have, mods, "label:0.7", 5)
+    with pytest.raises(Refused, match="these are several findings"):
+        data.missing_table(have, mods, "label:0.7", 5, np.zeros((2000, 2), int))
+
+
+@pytest.mark.parametrize("text,words", [("sound:0.5", "'sound'.*image, note, any, both, label"), ("label:1.5", "1.5.*outside"), ("image:1.5", "1.5.*outside"),
                                         ("image:-0.1", "outside"), ("image:x", "'x'.*not a number"), ("0.5", "''"),
                                         ("any:nan", "outside")])
 def test_missing_specifications_are_checked(text, words):
@@ -249,6 +318,7 @@ BAD = {
     "'lab' is float32": {"lab_names": np.array(["age"])},
     "'lab' is infinite in row 0": {"lab": np.full((40, 2), np.inf, np.float32)}, "notes are int64": {"notes": np.arange(40)},
     "'any' cannot be a modality's name": {"any": np.zeros((40, 1), np.float32), "any_names": np.array(["x"])},
+    "'label' cannot be a modality's name": {"label": np.zeros((40, 1), np.float32), "label_names": np.array(["x"])},
     "'a b' cannot be": {"a b": np.zeros((40, 1), np.float32), "a b_names": np.array(["x"])},
     r"'patients' \[\] must be a list": {"patients": np.array("p")}, "none twice": {"lab_names": np.array(["age", "age"])},
     "labels reach 30000000": {"labels": np.arange(40) % 2 * 30_000_000},

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -57,7 +58,7 @@ def test_the_folder_is_complete_and_every_graph_is_valid(folder):
 
 
 @pytest.mark.parametrize("method", ["head", "lora", "mora", "mora-open", "mora-all", "prompt", "full"])
-@pytest.mark.parametrize("absent", ["mask", "dummy"])
+@pytest.mark.parametrize("absent", ["mask", "dummy", "fill"])
 def test_graphs_equal_torch_for_every_method_and_pattern(tmp_path, monkeypatch, tiny, method, absent):
     """Against the live model with its presence mask, not the folded one that was traced; batches of 5 and 1."""
     run = tmp_path / "r"
@@ -84,7 +85,11 @@ def test_graphs_equal_torch_for_every_method_and_pattern(tmp_path, monkeypatch, 
             logits, probabilities = d.run(name, feed)
             np.testing.assert_allclose(logits, wanted[rows], rtol=1e-5, atol=1e-5)
             np.testing.assert_allclose(probabilities, wanted[rows].softmax(1), rtol=0, atol=1e-5)
-    assert min((a - b).abs().max() for i, a in enumerate(seen) for b in seen[:i]) > 1e-4  # patterns do differ
+    differences = [(a - b).abs().max() for i, a in enumerate(seen) for b in seen[:i]]
+    if absent == "fill" and method in ("head", "lora", "mora-open", "full"):
+        assert max(differences) == 0  # these see the same and are told nothing
+    else:
+        assert min(differences) > 1e-4  # patterns do differ
 
 
 def test_served_metrics_are_the_training_tables(tiny, capsys, tmp_path):
@@ -288,7 +293,7 @@ def test_weights_that_change_while_a_folder_is_open_are_never_used(folder, tmp_p
         serve.Diagnoser(other, "cpu")
 
 
-@pytest.mark.parametrize("value", [0, 3, True, "1", None, [1]])
+@pytest.mark.parametrize("value", [0, 4, True, "1", None, [1]])
 def test_a_folder_of_another_format_is_refused(folder, tmp_path, value):
     assert json.loads((folder / "manifest.json").read_text())["format"] == 2
     other = tmp_path / "other"
@@ -296,8 +301,157 @@ def test_a_folder_of_another_format_is_refused(folder, tmp_path, value):
     manifest = json.loads((other / "manifest.json").read_text()) | {"format": value}
     manifest["sha256"] = data.digest({k: v for k, v in manifest.items() if k != "sha256"})
     (other / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(Refused, match="other: exported by another version of minilora .format .*; this one reads 1 and 2.; .*export again"):
+    with pytest.raises(Refused, match="other: exported by another version of minilora .format .*; this one reads 1 and 2 and 3.; .*export again"):
         serve.Diagnoser(other, "cpu")
+
+
+# ---------------------------------------------------------------------------------------------- absent inputs filled
+
+
+@pytest.fixture(scope="module")
+def filling(tmp_path_factory):
+    """A run with --absent fill whose branch counts, exported: (run, its folder)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("filling"))
+        train_mora.main([*TINY, "--out", "run", "--modalities", *MODALITIES, "--absent", "fill", "--test-missing", "any:0.7", "image:0.5",
+                         "--methods", "mora", "--lr", "0.1", "--steps", "40"])
+        export.main(["mora", "run"])
+        yield Path.cwd() / "run", Path.cwd() / "run/onnx"
+
+
+def test_every_graph_of_a_folder_whose_absent_inputs_are_filled_takes_everything(filling):
+    manifest = json.loads((filling[1] / "manifest.json").read_text())
+    assert (manifest["format"], manifest["absent"], len(manifest["graphs"])) == (3, "fill", 8)
+    for name, file in manifest["graphs"].items():
+        inputs = {i.name for i in onnx.load(filling[1] / file, load_external_data=False).graph.input}
+        assert inputs == {*MODALITIES} | ({"present"} if name == "mask" else set())
+
+
+@pytest.mark.parametrize("missing", ["any:0.7", "image:0.5"])
+def test_filled_inputs_are_served_as_in_training(filling, tmp_path, capsys, missing):
+    """The content of the donors, and whose it is: every probability that training saw, in --data with the split file."""
+    run, folder = filling
+    argv = ["predict", folder, "--data", run / "phantoms.npz", "--split", run / "split-s0.npz", "--missing", missing, "--device", "cpu"]
+    serve_cli.main([str(a) for a in (*argv, "--out", tmp_path / "p.csv", "--scores", tmp_path / "s.json")])
+    said = capsys.readouterr().out
+    trained = checkpoint.load(run / "adapters/mora-s0.pt")["result"]["by_test"][missing]
+    served = [line.split(",")[4:] for line in (tmp_path / "p.csv").read_text().splitlines()[1:]]
+    np.testing.assert_allclose(np.array(served, float), trained["probabilities"], rtol=0, atol=1e-5)
+    row = json.loads((run / "metrics.json").read_text())["methods"]["mora"]["by_test"][missing]
+    written = json.loads((tmp_path / "s.json").read_text())
+    for k in ("macro_f1", "auroc", "accuracy"):
+        assert f"{k.replace('_', '-')} {row[k][0]:.3f}" in said and abs(written["scores"][k] - row[k][0]) < 1e-6
+    assert (written["samples"], written["missing"], written["filled_in"]) == (24, missing, None)
+
+
+def test_what_is_filled_is_attended_and_told(filling):
+    """A mixed batch, in any order, is the mask graph's answer; content that is filled counts, and so does that it is."""
+    d = serve.Diagnoser(filling[1], "cpu")
+    s = phantoms(9, 8, size=40)
+    images, notes, vitals = list(s.images), [str(t) for t in s.notes], list(s.numeric["vitals"])
+    present = data.missing_table(np.ones((9, 3), bool), MODALITIES, "any:0.9", 5)
+    filled = [[name for name, p in zip(MODALITIES, row) if not p] for row in present]
+    together = d.predict(images, notes, filled, vitals=vitals)
+    given, n = d.request(images, notes, {"vitals": vitals})
+    inputs, all_there = d.inputs(given, range(n))
+    assert all_there.all() and len(np.unique(present, axis=0)) > 3
+    masked = d.run("mask", inputs | {"present": present.astype(np.float32)})[1]
+    np.testing.assert_allclose(masked, together, rtol=0, atol=1e-5)
+    d.batch = 4
+    back = d.predict(images[::-1], notes[::-1], tuple(map(frozenset, filled[::-1])), vitals=vitals[::-1])
+    np.testing.assert_allclose(back[::-1], together, rtol=0, atol=1e-6)
+    own = d.predict(images, notes, vitals=vitals)
+    told = abs(own - together).max(1) > 1e-3
+    assert (told == ~present.all(1)).all()
+    others = d.predict(images[::-1], notes, [{"image"}] * 9, vitals=vitals)
+    assert (abs(others - d.predict(images, notes, [{"image"}] * 9, vitals=vitals)).max(1) > 1e-4).sum() >= 8  # the fifth is its own
+
+
+ROW = [[38.0, 95.0, 90.0]]
+NOISE = [np.arange(64, dtype=np.uint8).reshape(8, 8)]
+UNFILLED = [({"notes": ["a"]}, "sample 0 has no image: .* was trained with absent inputs filled: give content for image and name it in filled"),
+            ({"notes": ["a"], "filled": [{"image"}], "vitals": ROW}, "sample 0 has no image"),
+            ({"images": NOISE * 2, "notes": ["a", " "], "vitals": ROW * 2}, "sample 1 has no note"),
+            ({"filled": [{*MODALITIES}]}, "all of image, note, vitals is named in filled, so that nothing is the patient's own"),
+            ({"filled": [{"sound"}]}, "filled of sample 0 names 'sound'; this model has image, note, vitals"), ({"filled": [[5]]}, "names 5; this model has"),
+            ({"filled": [[["image"]]]}, "names \\['image'\\]; this model has"),
+            ({"filled": ["image"]}, "filled of sample 0 is str; need a set or a list"), ({"filled": [None]}, "filled of sample 0 is NoneType"),
+            ({"filled": "image"}, "filled is one str; give a list"), ({"filled": {"image"}}, "filled is one set; give a list"), ({"filled": 1}, "filled is one int"),
+            ({"filled": [set(), set()]}, "filled has 2 items for 1 samples")]  # fmt: skip
+
+
+@pytest.mark.parametrize("request_,words", UNFILLED, ids=[w[:50] for _, w in UNFILLED])
+def test_requests_that_do_not_say_what_is_filled_are_refused(filling, request_, words):
+    d = serve.Diagnoser(filling[1], "cpu")
+    if "notes" not in request_:
+        request_ = {"images": NOISE, "notes": ["a"], "vitals": ROW} | request_
+    with pytest.raises(Refused, match=words) as said:
+        d.predict(**request_)
+    assert "\n" not in str(said.value)
+
+
+def test_other_folders_take_nothing_that_is_filled(diagnoser, folder, refused):
+    with pytest.raises(Refused, match="filled of sample 1 names 'image', but .* was not trained with absent inputs filled; leave filled out"):
+        diagnoser.predict(notes=["a", "b"], filled=[[], {"image"}])
+    np.testing.assert_array_equal(diagnoser.predict(notes=["a"], filled=[set()]), diagnoser.predict(notes=["a"]))
+    assert "was not trained with absent inputs filled" in refused(serve_cli.main, "predict", folder, "--note", "a", "--filled", "image")
+
+
+def test_a_command_line_says_what_is_filled(filling, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", NOISE[0])
+    argv = ["predict", str(filling[1]), "--device", "cpu", "--note", "fever", "--image", str(tmp_path / "x.npy"), "--temperature", "38"]
+    d, said = serve.Diagnoser(filling[1], "cpu"), []
+    for flags, names, words in (([], [], "present: image, note, vitals\n"), (["--filled", "image", "--filled", "vitals"], ["image", "vitals"], "present: note; filled: image, vitals\n")):
+        serve_cli.main([*argv, *flags])
+        said.append(capsys.readouterr().out)
+        p = d.predict(NOISE, ["fever"], [names], vitals=[{"temperature": 38}])[0]
+        assert words in said[-1] and all(f"{name:20s} {value:.3f}" in said[-1] for name, value in zip(d.classes, p))
+    assert said[0].splitlines()[2:] != said[1].splitlines()[2:]
+
+
+def test_study_files_without_donors_are_refused(filling, folder, tiny, refused, tmp_path):
+    run, out = filling
+    s = data.load_study(run / "phantoms.npz")
+    whole = s.images.copy()
+    s.images[7] = 0
+    data.save_study(run / "gap.npz", s)
+    said = lambda *argv: refused(serve_cli.main, "predict", out, *argv)
+    words = f"{run}/gap.npz: row 7 has no image, and {out} was trained with absent inputs filled: give --split RUN/split-sN.npz, which names donors, or for images --synthesizer"
+    assert words in said("--data", run / "gap.npz")
+    assert "names no donors" in said("--data", tiny[1] / "phantoms.npz", "--split", tiny[1] / "split-s0.npz")
+    assert "--filled image is for one sample" in said("--data", run / "phantoms.npz", "--filled", "image")
+    assert "--scores s.json is for --data" in said("--note", "a", "--scores", "s.json")
+    data.save_study(run / "pair.npz", s.select(("note", "vitals"), False))
+    assert "pair.npz: has no image, and" in said("--data", run / "pair.npz")
+    arrays = data.read_npz(run / "split-s0.npz")
+    row = arrays["test"][~arrays["present image:0.5"][arrays["test"], 0]][0]
+    s.images[:] = whole
+    s.images[arrays["donors"][row, 0]] = 0
+    data.save_study(run / "gap.npz", s)
+    donor = arrays["donors"][row, 0]
+    assert f"split-s0.npz: row {donor} is to give its image, and has none" in said("--data", run / "gap.npz", "--split", run / "split-s0.npz", "--missing", "image:0.5")
+    for odd in (arrays["donors"] + 240, -arrays["donors"] - 1, arrays["donors"][:, :2], arrays["donors"].astype(float), arrays["donors"][:9]):
+        np.savez(run / "odd.npz", **arrays | {"donors": odd})
+        assert "odd.npz: donors" in said("--data", run / "phantoms.npz", "--split", run / "odd.npz")
+    for key, odd in (("test", arrays["test"] + 240), ("test", arrays["test"].astype(float)), ("train", arrays["train"] - 240), ("present any:0.7", arrays["present any:0.7"][:, :2])):
+        np.savez(run / "odd.npz", **arrays | {key: odd})
+        assert "odd.npz: not a split of the 240 samples" in said("--data", run / "phantoms.npz", "--split", run / "odd.npz")
+
+
+def test_a_reader_that_knows_no_filled_inputs_refuses_the_folder(filling, folder, tmp_path, monkeypatch):
+    for source, change, words in ((filling[1], {"format": 2}, "'absent' is fill"), (filling[1], {"absent": "mask"}, "'absent' is mask"), (folder, {"format": 3}, "'absent' is mask"),
+                                  (folder, {"absent": "fill"}, "'absent' is fill")):
+        other = tmp_path / "other"
+        shutil.copytree(source, other)
+        manifest = json.loads((other / "manifest.json").read_text()) | change
+        del manifest["sha256"]
+        (other / "manifest.json").write_text(json.dumps(manifest | {"sha256": data.digest(manifest)}))
+        with pytest.raises(Refused, match=f"{words}; export.py does not write that"):
+            serve.Diagnoser(other, "cpu")
+        shutil.rmtree(other)
+    monkeypatch.setitem(serve.FORMATS, "mora", (1, 2))  # as earlier versions
+    with pytest.raises(Refused, match="exported by another version of minilora .format 3"):
+        serve.Diagnoser(filling[1], "cpu")
 
 
 GREY = np.zeros((8, 8), np.uint8)

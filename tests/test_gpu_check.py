@@ -28,7 +28,7 @@ TINY = gpu_check.Sizes(
     vilt=train_mora.Config(depth=1, positions=6, **SMALL),
     vilt_methods=("head", "mora"), vilt_batches=(2, 4), studies=40, warm=1, block=1, blocks=2, waits=2, probes=1, requests=(1, 2), repeats=2,
     exported_mora=(*RUN, "--depth", "1", "--steps", "2", "--methods", "mora", "--lr", "0.01"),
-    exported_selora=(*RUN, "--text-width", "8", "--vae-width", "8", "--vae-steps", "2", "--steps", "4", "--every", "2", "--sample-steps", "2"),
+    exported_selora=(*RUN, "--text-width", "8", "--vae-width", "8", "--vae-steps", "2", "--steps", "4", "--every", "2", "--sample-steps", "2", "--lr", "0.01", "full:0.001"),
 )  # fmt: skip
 
 

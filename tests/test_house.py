@@ -28,11 +28,12 @@ ALLOWED = {
     "pretrained": {"checkpoint", "wordpiece"},
     "baselines": SHARED,
     "task": {"models", "pretrained", "baselines", *SHARED},
-    "ranks": {"selora"},
+    "ranks": {"selora", "rates"},
+    "allocate": {"ranks", "diffusion"},
     "judge": {"metrics", "data"},
     "report": {"metrics", "data"},
     "report_selora": {"report"},
-    "samples": {"judge", "report_selora", *LESSON},
+    "samples": {"judge", "report_selora", "processes", *LESSON},
     "graphs": {"models", "serve"},
     "export_mora": {"graphs", *SHARED},
     "export_selora": {"graphs", *SHARED},
@@ -40,10 +41,11 @@ ALLOWED = {
     "tables": SHARED,
     "studies": {"pictures", "tables", *SHARED},
     "serve": SHARED,
-    "serve_cli": {"serve", "pictures"},
+    "compare": SHARED,
+    "serve_cli": {"serve", "pictures", "compare"},
     "interchange": {"selora"},
 }
-NO_TORCH = {*SHARED, "pictures", "tables", "studies", "serve", "serve_cli"}
+NO_TORCH = {*SHARED, "pictures", "tables", "studies", "serve", "compare", "serve_cli"}
 SCRIPTS = {"train_mora", "train_selora", "export"}
 FILES = {path.stem: path for path in [*(ROOT / "minilora").glob("*.py"), *(ROOT / f"{name}.py" for name in SCRIPTS)]}
 

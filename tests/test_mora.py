@@ -167,6 +167,92 @@ def test_folded_model_equals_the_live_one():
         torch.testing.assert_close(model(batch, row.expand(3, 2)), live, rtol=1e-12, atol=1e-12)
 
 
+# ---- where it pays to be told the pattern: a linear, sum-pooled backbone, absent inputs filled with another sample's
+
+
+def gaussian_moments():
+    """(S [3,8,8], k [3,8], v): covariance of the inputs, their covariance with y, and y's variance. Rows of S and k: both
+    modalities present, the first alone, the second alone.
+
+    Two modalities of 4 features, feature j of one and of the other of correlation .8, else independent, all of variance 1.
+    y is 5/24 of the sum of the eight, with noise of variance 5/24. What is absent is another sample's, independent."""
+    whole = torch.tensor([[1, 0.8], [0.8, 1]], dtype=torch.float64).kron(torch.eye(4).double())  # [8,8]
+    w = torch.full((8,), 5 / 24).double()
+    own = torch.tensor([[1.0, 1], [1, 0], [0, 1]]).double().repeat_interleave(4, 1)  # [3,8], 1: the sample's own
+    S = torch.where(own[:, :, None] * own[:, None] > 0, whole, torch.eye(8).double())
+    return S, own * (whole @ w), w @ whole @ w + 5 / 24
+
+
+class Pooled(torch.nn.Module):
+    """A frozen map of each modality, a frozen linear block with the branch beside it, the sum over tokens, a linear head."""
+
+    def __init__(self, method, width=8, rank=4):
+        super().__init__()
+        self.maps = torch.nn.Parameter(torch.randn(2, 4, width) / 2, requires_grad=False)
+        block = torch.nn.Linear(width, width, bias=False).requires_grad_(False)
+        # The plain branch has as many parameters: 2 r' D = (1 + M) r D.
+        branch = MoRA(width, 1, rank * 3 // 2) if method == "lora" else MoRA(width, 2, rank)
+        self.block = MoRABlock(block, branch)
+        self.head = torch.nn.Linear(width, 1, bias=False)
+        self.method = method
+
+    def forward(self, x, present):
+        """x [B,8] or [B,2,4], present [B,2] -> [B]."""
+        tokens = torch.einsum("bmf,mfd->bmd", x.view(-1, 2, 4), self.maps)  # [B,2,D]
+        return self.head(self.block(tokens, present=gates(self.method, present)).sum(1))[:, 0]
+
+    def risk(self, S, k, v):
+        """The exact expected squared error, a third of the samples of each pattern: under each, the model is linear in x."""
+        patterns = torch.tensor([[1.0, 1], [1, 0], [0, 1]]).double()
+        c = torch.stack([self(torch.eye(8).double(), row.expand(8, 2)) for row in patterns])  # [3,8]
+        return (v - 2 * (c * k).sum(1) + torch.einsum("pi,pij,pj->p", c, S, c)).mean()
+
+
+def fit(method, moments):
+    """The model of least exact risk."""
+    torch.manual_seed(0)
+    model = Pooled(method).double()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.LBFGS(trained, max_iter=1000, tolerance_grad=1e-9, tolerance_change=1e-13, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        risk = model.risk(*moments)
+        risk.backward()
+        return risk
+
+    optimizer.step(closure)
+    return model
+
+
+def test_told_the_pattern_mora_reaches_the_optimum_of_a_pooled_linear_backbone_and_the_plain_branch_cannot():
+    S, k, v = moments = gaussian_moments()
+    # Told the pattern, the best guess is E[y | what is present]; what is another sample's has k = 0 and drops out.
+    best = (v - torch.einsum("pi,pij,pj->p", k, torch.linalg.inv(S), k)).mean()
+    # Not told, the best linear guess is that of the mixture of the three patterns.
+    blind = v - k.mean(0) @ torch.linalg.inv(S.mean(0)) @ k.mean(0)
+    assert best.item() == pytest.approx(1 / 4) and blind.item() == pytest.approx(25 / 57)  # .4386
+    models = {method: fit(method, moments) for method in ("mora", "lora", "mora-open")}
+    risks = {method: model.risk(*moments).item() for method, model in models.items()}
+    assert best - 1e-6 < risks["mora"] < best + 0.01
+    for method in ("lora", "mora-open"):
+        assert risks[method] > best + 0.05
+        assert blind - 1e-6 < risks[method] < blind + 0.01  # trained as far as a branch can get that is not told
+    counts = {sum(p.numel() for p in model.block.mora.parameters()) for model in models.values()}
+    assert len(counts) == 1
+
+    # The moments are those of samples whose absent modality is another sample's.
+    g = torch.Generator().manual_seed(0)
+    n = 60_000
+    shared, own, noise = (torch.randn(shape, generator=g).double() for shape in ((n, 1, 4), (n, 2, 4), (n,)))
+    x = 0.8**0.5 * shared + 0.2**0.5 * own  # [n,2,4]
+    y = 5 / 24 * x.sum((1, 2)) + (5 / 24) ** 0.5 * noise
+    present = torch.tensor([[1.0, 1], [1, 0], [0, 1]]).double().repeat(n // 3, 1)
+    filled = torch.where(present[..., None] > 0, x, x.roll(1, 0))
+    for method, model in models.items():
+        assert (model(filled, present) - y).square().mean().item() == pytest.approx(risks[method], abs=0.01)
+
+
 def test_mora_block_passes_on_what_foreign_blocks_take_and_return():
     class Foreign(torch.nn.Module):
         def forward(self, hidden, mask, scale=1.0):

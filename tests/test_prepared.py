@@ -19,7 +19,7 @@ TINY = ["--seeds", "1", "--steps", "6", "--width", "16", "--depth", "1", "--head
         "--pretrain-steps", "4", "--phantoms", "120", "--methods", "mora"]
 
 DRAW = ["--data", "s.npz", "--seeds", "1", "--steps", "4", "--every", "2", "--pretrain-steps", "3", "--vae-steps", "3", "--phantoms", "120", "--width", "8", "--text-width", "8",
-        "--heads", "2", "--batch", "4", "--device", "cpu", "--vae-width", "4"]
+        "--heads", "2", "--batch", "4", "--device", "cpu", "--vae-width", "4", "--lr", "0.01", "full:0.001"]
 
 
 @pytest.fixture(scope="module")

@@ -21,21 +21,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import train_selora
-from minilora import diffusion, loop, processes, selora
+from minilora import diffusion, loop, processes, samples, selora
 from minilora.ranks import Job
 from minilora.unet import Denoiser
 
 torch.set_num_threads(1)
 out = Path(sys.argv[1])
-cfg = train_selora.Config(out=out, steps=5, every=2, batch=8, lam=1.2, lr=0.02)
+cfg = train_selora.Config(out=out, steps=5, every=2, batch=8, lam=1.2)
 with processes.processes(torch.device("cpu")), loop.Stopper() as stop:
     torch.manual_seed(0)
     model = Denoiser(width=8, text_width=8, text_depth=1, heads=2, buckets=64, positions=6).double()
     torch.nn.init.normal_(model.unet.last.weight, std=0.1)
     selora.inject(model)
     pairs = train_selora.Pairs(torch.randn(40, 4, 16, 16).double(), torch.randint(3, 64, (40, 6)), diffusion.alphas_cumprod())
-    _, history = train_selora.adapt(cfg, pairs, model, Job("ratio", "ratio", 0, 1), 0, np.arange(40), loop.Log(out / "log.jsonl"), stop)
-    heldout = train_selora.heldout_loss(model, pairs, np.arange(21))
+    _, history = train_selora.adapt(cfg, pairs, model, Job("ratio", "ratio", 0, 1), 0, 0.02, np.arange(40), loop.Log(out / "log.jsonl"), stop)
+    heldout = samples.heldout_loss(model, pairs, np.arange(21))
     torch.save({"state": model.state_dict(), "history": history, "heldout": heldout}, out / f"rank{processes.world()[0]}.pt")
 """
 

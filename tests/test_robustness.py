@@ -41,7 +41,7 @@ def say(capsys, text):
 
 
 DRAW = ["--seeds", "1", "--steps", "6", "--every", "2", "--pretrain-steps", "4", "--vae-steps", "4", "--phantoms", "120", "--batch", "8", "--width", "8", "--text-width", "8",
-        "--vae-width", "8", "--heads", "2", "--sample-steps", "2", "--buckets", "64", "--positions", "10", "--device", "cpu"]  # fmt: skip
+        "--vae-width", "8", "--heads", "2", "--sample-steps", "2", "--buckets", "64", "--positions", "10", "--device", "cpu", "--lr", "0.01", "full:0.001"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -618,7 +618,7 @@ def test_numbers_that_are_none_stop_and_leave_the_last_save(tmp_path, monkeypatc
         train_selora.main([*DRAW, "--out", "run", "--steps", "8"])
     said = capsys.readouterr().err.strip()
     words = {"loss": "the loss is nan", "gradient": "the gradient of unet.first.B is not finite", "fisher": "the Fisher information of layer unet.first is nan"}[fault]
-    assert stopped.value.code == 2 and re.fullmatch(rf"error: ratio s0: {words} at step 4, samples \[[\d, ]+\]; .*", said), said
+    assert stopped.value.code == 2 and re.fullmatch(rf"error: ratio s0 lr 0.01: {words} at step 4, samples \[[\d, ]+\]; .*", said), said
     kept = checkpoint.load(tmp_path / "run/last.pt", "resume")
     assert kept["step"] == 4 and all(v.isfinite().all() for v in kept["state"].values())
     monkeypatch.undo()

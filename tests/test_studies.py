@@ -375,6 +375,45 @@ def test_inspect_describes_and_draws_a_sheet(folder, capsys, monkeypatch):
     assert "labs       age: " in capsys.readouterr().out and not (tmp_path / "words.png").exists()
 
 
+def test_phantoms_are_written_to_a_file_that_both_scripts_read(tmp_path, monkeypatch, capsys):
+    from conftest import TINY
+
+    from minilora import task
+
+    monkeypatch.chdir(tmp_path)
+    drawn = {"usual": phantoms.phantoms(150, 2), "image": None, "both": None}
+    for fact in drawn:
+        for file in (fact, "again"):
+            studies.main(["phantoms", "--out", f"{file}.npz", "--samples", "150", "--fact", fact])
+        said = capsys.readouterr().out
+        assert "samples    150, synthetic" in said and f"{fact}.npz: written; synthetic data, drawn by a program" in said
+        assert (tmp_path / f"{fact}.npz").read_bytes() == (tmp_path / "again.npz").read_bytes()
+        (tmp_path / "again.npz").unlink()
+        read = data.load_study(f"{fact}.npz")
+        wanted = phantoms.phantoms(150, 2, **phantoms.FACTS[fact])
+        assert read.synthetic and read.class_names == phantoms.DIAGNOSES and read.report == (f"phantoms of the target domain, seed 2, fact {fact}",)
+        assert read.modalities == (("image", "note", "vitals", "labs") if fact == "usual" else ("image", "note"))
+        assert (read.images == wanted.images).all() and (read.notes == wanted.notes).all() and (read.labels == wanted.labels).all()
+        mora = task.read_target(train_mora.Config(data=tmp_path / f"{fact}.npz"))
+        selora, drawable = task.read_studies(train_selora.Config(data=tmp_path / f"{fact}.npz", phantoms=60))
+        assert len(mora) == len(selora["target"]) == len(drawable) == 150 and mora.synthetic and selora["target"].synthetic
+    studies.main(["phantoms", "--out", "source.npz", "--samples", "150", "--domain", "source", "--seed", "5", "--size", "24"])
+    source = data.load_study("source.npz")
+    assert {*source.labels.tolist()} == {0, 2, 3} and source.class_names == phantoms.DIAGNOSES and source.images.shape == (150, 24, 24)
+    train_mora.main([*TINY, "--data", "image.npz", "--source", "source.npz", "--out", "run", "--methods", "mora", "--missing", "label:0.7", "--test-missing", "any:0.7"])
+    split, study = data.read_npz("run/split-s0.npz"), data.load_study("image.npz")
+    assert np.array_equal(split["present label:0.7"], data.missing_table(study.have(), study.modalities, "label:0.7", 0, study.labels))
+    assert '"synthetic": true' in (tmp_path / "run/metrics.json").read_text()
+
+
+@pytest.mark.parametrize("argv,words", [(["--out", "p.csv"], "--out p.csv: must end in .npz"), (["--out", "there.npz"], "is there already"), (["--samples", "0"], "--samples is 0; must be in 1..1000000"),
+                                        (["--size", "7"], "--size is 7; must be in 8..256"), (["--seed", "-1"], "--seed is -1"), (["--samples", "1"], "labels hold one class only"),
+                                        (["--samples", "4000", "--size", "128"], "--samples 4000 of --size 128 have 65,536,000 pixels; at most 33,554,432")])  # fmt: skip
+def test_phantoms_that_cannot_be_written_are_refused(argv, words, refused, tmp_path):
+    (tmp_path / "there.npz").write_bytes(b"mine")
+    assert words in refused(studies.main, "phantoms", *argv)
+
+
 # ------------------------------------------------------------------------------------------- a study with missing images
 
 
@@ -413,7 +452,7 @@ def test_mora_trains_and_serves_a_study_with_missing_images(half, tmp_path, monk
 def test_selora_leaves_out_samples_without_their_image(half, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train_selora.main(["--data", str(half), "--out", "run", "--seeds", "1", "--steps", "4", "--every", "2", "--vae-steps", "4", "--pretrain-steps", "4", "--phantoms", "150",
-                       "--width", "8", "--text-width", "8", "--heads", "1", "--batch", "8", "--device", "cpu"])  # fmt: skip
+                       "--width", "8", "--text-width", "8", "--heads", "1", "--batch", "8", "--device", "cpu", "--lr", "0.01", "full:0.001"])  # fmt: skip
     assert "left out: 50 samples of the target that lack their image" in capsys.readouterr().out
     rows = np.concatenate([*data.read_npz(tmp_path / "run" / "split-s0.npz").values()])
     assert len(rows) == 100 and (rows % 3 > 0).all()

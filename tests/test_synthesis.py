@@ -18,18 +18,18 @@ from conftest import ROOT
 import export
 import train_mora
 import train_selora
-from minilora import checkpoint, data, diffusion, export_selora, report, selora, serve, serve_cli
+from minilora import checkpoint, compare, data, diffusion, export_selora, metrics, report, selora, serve, serve_cli, task
 from minilora.graphs import check_whole, graphs_in
 from minilora.models import put_words
 from minilora.phantoms import phantoms
-from minilora.task import batch_at, draw_task, load_task
+from minilora.task import batch_at, draw_studies, draw_task, load_task
 from minilora.words import tokenize
 from minilora.serve import Diagnoser, Refused, Synthesizer
 from minilora.unet import Denoiser
 from minilora.vae import VAE
 
 TINY = ["--seeds", "1", "--steps", "20", "--pretrain-steps", "20", "--vae-steps", "30", "--phantoms", "240", "--batch", "8", "--width", "8", "--text-width", "8",
-        "--vae-width", "8", "--heads", "2", "--buckets", "128", "--positions", "10", "--sample-steps", "2", "--lr", "0.05", "--device", "cpu"]  # fmt: skip
+        "--vae-width", "8", "--heads", "2", "--buckets", "128", "--positions", "10", "--sample-steps", "2", "--lr", "0.05", "full:0.005", "--device", "cpu"]  # fmt: skip
 NOTES = ["coin lesion sinistral, pyrexia", "", "unremarkable, asymptomatic, none stated"]
 GRAIN = 0.1  # what a barely trained autoencoder leaves out is wider, and would be clipped at black and white
 
@@ -296,7 +296,7 @@ def test_predict_file_fills_in_marks_the_rows_and_compares(drawn, tiny, tmp_path
     serve_cli.main(["predict", *common, "--out", "plain.csv"])
     serve_cli.main(["predict", *common, "--out", "filled.csv", "--synthesizer", str(drawn / "neyman/onnx"), "--draws", str(n), "--steps", "2"])
     said = capsys.readouterr().out
-    assert all(f"  {name} " in said for name in ("words only", "1 drawn", "4 drawn", "16 drawn", "true image"))
+    assert all(f"  {name} " in said for name in ("words only", "1 drawn", "4 drawn", "16 drawn", "true image", "1 random", "4 random", "16 random", "16 'healthy'"))
     plain, filled = ([line.split(",") for line in open(f).read().splitlines()] for f in ("plain.csv", "filled.csv"))
     study, present = data.load_study(run / "phantoms.npz"), np.load(run / "split-s0.npz")["present image:0.5"]
     diagnoser, synthesizer = Diagnoser(run / "onnx", "cpu"), Synthesizer(drawn / "neyman/onnx", "cpu")
@@ -313,6 +313,129 @@ def test_predict_file_fills_in_marks_the_rows_and_compares(drawn, tiny, tmp_path
             assert np.allclose(np.array(row[4:], float), wanted[[w[0] for w in without].index(row[0])], atol=2e-6)
     serve_cli.main(["predict", *common, "--out", "smooth.csv", "--synthesizer", str(drawn / "neyman/onnx"), "--draws", str(n), "--steps", "2", "--no-grain"])
     assert "(2 steps, guidance 3, no grain)" in capsys.readouterr().out and open("smooth.csv").read() != open("filled.csv").read()
+
+
+def filling(tiny, folder):
+    """The tiny run as if its absent inputs had been filled, with a branch that counts and donors in its split file, exported."""
+    shutil.copytree(tiny[1], folder, ignore=shutil.ignore_patterns("onnx"))
+    saved = checkpoint.load(folder / "model.pt")
+    saved["config"]["absent"] = "fill"
+    g = torch.Generator().manual_seed(0)
+    state = saved["adapter"]["state"]
+    saved["adapter"]["state"] = {k: v + 0.3 * torch.randn(v.shape, generator=g) if ".mora." in k else v for k, v in state.items()}
+    checkpoint.save(folder / "model.pt", saved)
+    split = data.read_npz(folder / "split-s0.npz")
+    np.savez(folder / "split-s0.npz", **split | {"donors": np.random.default_rng(1).choice(split["train"], (240, 3))})
+    export.main(["mora", str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize("absent", ["mask", "fill"])
+def test_filling_in_stands_beside_its_controls(drawn, tiny, tmp_path, monkeypatch, capsys, absent):
+    """Every row of the comparison is what the named images give: a model whose absent inputs are filled is told whose they are."""
+    run = filling(tiny, tmp_path / "run") if absent == "fill" else tiny[1]
+    monkeypatch.chdir(tmp_path)
+    argv = ["predict", run / "onnx", "--data", run / "phantoms.npz", "--split", run / "split-s0.npz", "--missing", "any:0.7", "--scores", "s.json", "--out", "p.csv",
+            "--synthesizer", drawn / "neyman/onnx", "--steps", "2", "--draws", "2"]
+    serve_cli.main([str(a) for a in argv])
+    said, content = capsys.readouterr().out, json.loads(open("s.json").read())["filled_in"]
+    study, split = data.load_study(run / "phantoms.npz"), data.read_npz(run / "split-s0.npz")
+    present = split["present any:0.7"]
+    rows = np.array([row for row in split["test"] if not present[row, 0] and present[row, 1]])
+    notes, labels = [str(study.notes[row]) for row in rows], study.labels[rows]
+    have = present[rows, 2]
+    vitals, filled = [study.numeric["vitals"][row] if p else None for row, p in zip(rows, have)], None
+    before = "words only"
+    if absent == "fill":
+        vitals = [study.numeric["vitals"][row if p else split["donors"][row, 2]] for row, p in zip(rows, have)]
+        filled = [set() if p else {"vitals"} for p in have]
+        before = "donor's image"
+    d, synthesizer = Diagnoser(run / "onnx", "cpu"), Synthesizer(drawn / "neyman/onnx", "cpu")
+
+    def told(images, own=False):
+        names = filled and [each if own else each | {"image"} for each in filled]
+        return d.predict(None if images is None else list(images), notes, names, vitals=vitals)
+
+    images = [synthesizer.sample(notes, 2, 3.0, seed=k) for k in range(16)]
+    wanted = {f"{k} drawn image{'s' * (k > 1)}": np.mean([told(one) for one in images[:k]], 0) for k in (1, 4, 16)}
+    wanted["true image"] = told(study.images[rows], own=True)
+    wanted[before] = told(study.images[split["donors"][rows, 0]]) if filled else told(None)
+    pool = split["train"][present[split["train"], 0]]
+    assert 0 < len(pool) < len(split["train"])
+    for kind, members in (("random", pool), ("'healthy'", pool[study.labels[pool] == 0])):
+        chosen = compare.of_others(data.groups(study), members, rows)
+        assert chosen.shape == (len(rows), 16) and np.isin(chosen, members).all() and not np.isin(chosen, rows).any()
+        each = [told(study.images[column]) for column in chosen.T]
+        wanted |= {f"{k} {kind} image{'s' * (k > 1)}": np.mean(each[:k], 0) for k in ((1, 4, 16) if kind == "random" else (16,))}
+    assert {*content["rows"]} == {*wanted} and content["samples"] == len(rows) > 3
+    for name, p in wanted.items():
+        for k, value in metrics.scores(labels, p).items():
+            assert abs(content["rows"][name][k] - value) < 1e-6, name
+    pairs = [("16 drawn images", other) for other in (before, "16 random images", "16 'healthy' images")] + [("true image", before)]
+    assert [(c["ours"], c["theirs"]) for c in content["comparisons"]] == pairs and content["left_out"] == []
+    for c in content["comparisons"]:
+        again = metrics.paired_samples(labels, wanted[c["ours"]], wanted[c["theirs"]])
+        assert all(abs(c[k] - value) < 1e-6 for k, value in again.items()) and c["sentence"] in said.splitlines()
+    for row in open("p.csv").read().splitlines()[1:]:
+        row = row.split(",")
+        if int(row[0]) in rows:
+            p = np.mean([told(one)[[*rows].index(int(row[0]))] for one in images[:2]], 0)
+            assert row[1].endswith("+drawn image") and np.allclose(np.array(row[4:], float), p, atol=2e-6)
+
+
+def test_rows_that_cannot_be_compared_are_said(drawn, tiny, tmp_path, monkeypatch, capsys):
+    """Without a split, and where the missing table left no training image."""
+    monkeypatch.chdir(tmp_path)
+    run, s = tiny[1], data.load_study(tiny[1] / "phantoms.npz")
+    s.images[:20] = 0
+    s.labels[20:] = -1  # then nothing is compared
+    data.save_study("s.npz", s)
+    common = ["predict", str(run / "onnx"), "--synthesizer", str(drawn / "neyman/onnx"), "--steps", "1", "--draws", "1", "--scores", "s.json"]
+    serve_cli.main([*common, "--data", "s.npz"])
+    said = capsys.readouterr().out
+    assert "withheld" not in said and "drawn image 20" in said and json.loads(open("s.json").read())["filled_in"] is None
+    split = data.read_npz(run / "split-s0.npz")
+    key = next(k for k in split if k.startswith("present "))
+    split[key][split["train"][s.labels[split["train"]] != 2], 0] = False
+    left = data.load_study(run / "phantoms.npz").labels[split["train"]]
+    split[key][split["train"], 0] = left == 2
+    np.savez("left.npz", **split)
+    argv = [*common, "--data", str(run / "phantoms.npz"), "--missing", "image:0.5"]
+    serve_cli.main([*argv, "--split", "left.npz"])
+    assert "no training image of 'healthy' of another patient is left by the missing table" in capsys.readouterr().out
+    content = json.loads(open("s.json").read())["filled_in"]
+    assert "16 random images" in content["rows"] and not any("healthy" in name for name in content["rows"]) and len(content["comparisons"]) == 3
+    split[key][split["train"], 0] = False
+    np.savez("left.npz", **split)
+    serve_cli.main([*argv, "--split", "left.npz"])
+    assert "no training image of another patient is left by the missing table" in capsys.readouterr().out
+    assert len(json.loads(open("s.json").read())["filled_in"]["comparisons"]) == 2
+
+
+def test_a_folder_whose_absent_inputs_are_filled_is_served_with_drawn_images(drawn, tiny, tmp_path, monkeypatch, capsys):
+    """One sample, and a file without donors: what is drawn is told; what else is missing is refused."""
+    run = filling(tiny, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    d, synthesizer = Diagnoser(run / "onnx", "cpu"), Synthesizer(drawn / "neyman/onnx", "cpu")
+    common = ["predict", "run/onnx", "--synthesizer", str(drawn / "neyman/onnx"), "--steps", "2", "--draws", "2", "--device", "cpu"]
+    serve_cli.main([*common, "--note", NOTES[0], "--temperature", "39"])
+    said = capsys.readouterr().out
+    each = [d.predict(list(synthesizer.sample(NOTES[:1], 2, 3.0, seed=k)), NOTES[:1], [{"image"}], vitals=[{"temperature": 39}]) for k in range(2)]
+    assert all(f"{name:20s} {p:.3f}" in said for name, p in zip(d.classes, np.mean(each, 0)[0]))
+    assert "sample 0 has no vitals" in refused_in(tmp_path, serve_cli.main, *common, "--note", NOTES[0])
+    s = data.load_study(run / "phantoms.npz").take(np.arange(12))
+    s.images[3:5] = 0
+    data.save_study("s.npz", s)
+    serve_cli.main([*common, "--data", "s.npz", "--out", "p.csv"])
+    assert "image+note+vitals 10, note+vitals+drawn image 2" in capsys.readouterr().out
+    rows = np.array([line.split(",")[4:] for line in open("p.csv").read().splitlines()[1:]], float)
+    notes, vitals = [str(note) for note in s.notes], list(s.numeric["vitals"])
+    assert np.allclose(np.delete(rows, [3, 4], 0), np.delete(d.predict(list(phantoms(240, 2).images[:12]), notes, vitals=vitals), [3, 4], 0), atol=2e-6)
+    each = [d.predict(list(synthesizer.sample(notes[3:5], 2, 3.0, seed=k)), notes[3:5], [{"image"}] * 2, vitals=vitals[3:5]) for k in range(2)]
+    assert np.allclose(rows[3:5], np.mean(each, 0), atol=2e-6)
+    s.numeric["vitals"][4] = np.nan
+    data.save_study("s.npz", s)
+    assert "s.npz: row 4 has no vitals, and run/onnx was trained with absent inputs filled: give --split" in refused_in(tmp_path, serve_cli.main, *common, "--data", "s.npz")
 
 
 def test_fp16_keeps_inputs_outputs_and_states_its_parity(drawn, tiny, tmp_path, capsys):
@@ -470,23 +593,112 @@ SCARCE = ["--seeds", "1", "--steps", "6", "--pretrain-steps", "6", "--phantoms",
 def test_synthetic_studies_join_the_training_split_only(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(drawn)
     train_mora.main([*SCARCE, "--out", str(tmp_path / "plain")])
-    train_mora.main([*SCARCE, "--out", str(tmp_path / "more"), "--augment", "neyman:30"])
-    plain, more = (np.load(tmp_path / f"{name}/split-s0.npz") for name in ("plain", "more"))
+    plain = np.load(tmp_path / "plain/split-s0.npz")
+    run = tmp_path / "draw"  # trained on what the missing table of that run leaves
+    train_selora.main([*TINY, "--out", str(run), "--rule", "fixed", "--steps", "4", "--table", str(tmp_path / "plain")])
+    whole = plain["train"][plain["present any:0.7"][plain["train"]].all(1)]
+    assert (data.read_npz(run / "split-s0.npz")["train"] == whole).all() and len(whole) < 0.5 * len(plain["train"])
+    train_mora.main([*SCARCE, "--out", str(tmp_path / "more"), "--augment", f"{run}:30"])
+    more = np.load(tmp_path / "more/split-s0.npz")
     assert all((plain[k] == more[k]).all() for k in plain.files)
-    assert np.isin(more["synthetic source"], plain["train"]).all() and more["synthetic images"].shape == (30, 32, 32)
+    source = more["synthetic source"]
+    assert np.isin(source, plain["train"]).all() and plain["present any:0.7"][source, 1].all() and more["synthetic images"].shape == (30, 32, 32)
     study = phantoms(240, 2).select(("image", "note"))
     cut = draw_task(train_mora.Config(phantoms=240, seeds=1), study, 0)
     cut |= {k: more[f"synthetic {k}"] for k in ("source", "images", "present")}
     vit = dict(image_size=32, channels=1, buckets=128, positions=12)
-    task = load_task(study, cut, "any:0.7", vit, "cpu")
-    assert (task["train"] == [*plain["train"], *range(240, 270)]).all() and len(task["labels"]) == 270
-    assert (task["labels"][240:].numpy() == study.labels[more["synthetic source"]]).all()
-    assert (task["inputs"]["note"][240:] == task["inputs"]["note"][more["synthetic source"]]).all()
-    assert torch.equal(batch_at(task["inputs"], slice(240, None))["image"][:, 0], torch.from_numpy(more["synthetic images"] / np.float32(127.5) - 1))
-    assert 0.2 < task["present"][240:, 0].mean() < 0.95  # the missing table is drawn for them too
-    report = json.loads((tmp_path / "more/metrics.json").read_text())
-    assert report["augment"] == "neyman:30" and report["methods"]["mora"]["macro_f1"] != json.loads(
-        (tmp_path / "plain/metrics.json").read_text())["methods"]["mora"]["macro_f1"]
+    tensors = load_task(study, cut, "any:0.7", vit, "cpu")
+    assert (tensors["train"] == [*plain["train"], *range(240, 270)]).all() and len(tensors["labels"]) == 270
+    assert (tensors["labels"][240:].numpy() == study.labels[source]).all()
+    assert (tensors["inputs"]["note"][240:] == tensors["inputs"]["note"][source]).all()
+    assert torch.equal(batch_at(tensors["inputs"], slice(240, None))["image"][:, 0], torch.from_numpy(more["synthetic images"] / np.float32(127.5) - 1))
+    assert 0.2 < tensors["present"][240:, 0].mean() < 0.95  # the missing table is drawn for them too
+    reports = {name: json.loads((tmp_path / f"{name}/metrics.json").read_text()) for name in ("plain", "more")}
+    assert reports["more"]["augment"] == f"{run}:30" and reports["more"]["methods"]["mora"]["macro_f1"] != reports["plain"]["methods"]["mora"]["macro_f1"]
+    config = json.loads((tmp_path / "more/config.json").read_text())
+    assert config["augment"] == {"run": f"{run}:30", "sha256": data.sha256(run / "model.pt")}
+
+
+def test_controls_of_synthetic_studies_need_no_run_and_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "random").mkdir()  # the name of a control wins over a folder
+    for control in ("random", "own"):
+        argv = [*SCARCE, "--out", f"r-{control}", "--augment", f"{control}:30"]
+        train_mora.main(argv)
+        real = len(np.load(f"r-{control}/split-s0.npz")["train"])
+        assert f"seed 0: 30 studies of --augment {control}:30 beside {real} real ones" in capsys.readouterr().out
+        assert json.loads((tmp_path / f"r-{control}/config.json").read_text())["augment"] == f"{control}:30"
+        train_mora.main([*argv, "--resume"])
+    said = refused_in(tmp_path, train_mora.main, *SCARCE, "--out", "r-own", "--augment", "own:31", "--resume")
+    assert "augment own:30 there, own:31 here" in said
+    random, own = (np.load(tmp_path / f"r-{control}/split-s0.npz") for control in ("random", "own"))
+    assert (random["train"] == own["train"]).all() and not np.array_equal(random["synthetic images"], own["synthetic images"])
+
+
+def withheld_study(seed, content):
+    """(study of 3 modalities and patients, its draw): what the table of 0.7 withholds is marked, and otherwise `content`'s."""
+    study = data.replace(phantoms(150, 7).select(("image", "note", "vitals")), patients=np.array([f"p{i // 3}" for i in range(150)]))
+    study.images[:, :4, :4] = 9
+    draw = draw_task(train_mora.Config(missing="any:0.7", seeds=1), study, seed)
+    image, note, vitals = ~draw["tables"]["any:0.7"].T
+    rng = np.random.default_rng(content)
+    study.images[image] = rng.integers(1, 256, (image.sum(), 32, 32))
+    study.images[image, :4, :4] = 255
+    study.notes = study.notes.astype("U60")
+    study.notes[note] = [f"withheld {i}" for i in rng.integers(0, 99, note.sum())]
+    study.numeric["vitals"][vitals] = 1e6 + content
+    return study, draw
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("kind", ["random", "own", "run"])
+def test_what_the_table_withheld_is_not_in_added_studies(kind, seed, tmp_path, monkeypatch):
+    """Neither a word, nor an image, nor a number of it; and other content in its place changes nothing."""
+    notes, results = [], []
+    cfg = train_mora.Config(augment=f"{kind if kind != 'run' else tmp_path}:200", image_size=32)
+    for content in (1, 2):
+        study, draw = withheld_study(seed, content)
+        table, train = draw["tables"]["any:0.7"], draw["parts"]["train"]
+        saved = {"study": data.fingerprint(study.select(("image", "note"))), "config": dict(buckets=4096, positions=16), "noisier": 9.0}
+        monkeypatch.setattr(task, "load_selora", lambda run, method, seed: (saved, torch.nn.Identity(), torch.nn.Identity()))
+        monkeypatch.setattr(task, "tokenize", lambda texts, *sizes: notes.append(list(texts)) or tokenize(texts, *sizes))
+        monkeypatch.setattr(task.diffusion, "draw_images", lambda model, vae, ids, seeds, **more: np.repeat(ids[:, :1, None].numpy() % 200 + 1, 32, 1).repeat(32, 2).astype(np.uint8))
+        np.savez(tmp_path / f"split-s{seed}.npz", train=train[table[train][:, :2].all(1)])
+        added = draw_studies(cfg, study, draw, seed, "cpu")
+        source = added["source"]
+        assert len(source) == 200 and np.isin(source, train).all() and table[source, 1].all()
+        assert not any("withheld" in note for note in study.notes[source]) and (added["images"][:, :4, :4] != 255).all()
+        assert (added["present"][:, 2] <= table[source, 2]).all() and not (study.numeric["vitals"][source][added["present"][:, 2]] > 1e5).any()
+        assert added["present"].any(1).all() and 0.2 < added["present"][:, 0].mean() < 0.95
+        results.append(added)
+    assert all(np.array_equal(results[0][name], results[1][name]) for name in ("source", "images", "present"))
+    assert len(notes) == 2 * (kind == "run") and not any("withheld" in note for texts in notes for note in texts)
+
+
+def test_controls_take_another_patient_s_image_or_the_sample_s_own():
+    study, draw = withheld_study(3, 1)
+    table, train = draw["tables"]["any:0.7"], draw["parts"]["train"]
+    study.images[train[5]] = study.images[train[60]]  # patients who share a picture are one group
+    group = data.groups(study)
+    row_of = {image.tobytes(): i for i, image in enumerate(study.images)}
+    added = {}
+    for control in ("random", "own"):
+        cfg = train_mora.Config(augment=f"{control}:200", image_size=32)
+        added[control] = draw_studies(cfg, study, draw, 3, "cpu")
+        again = draw_studies(cfg, study, draw, 3, "cpu")
+        assert all(np.array_equal(added[control][k], again[k]) for k in again)
+    source, own = added["random"]["source"], added["own"]["source"]
+    donors = np.array([row_of[image.tobytes()] for image in added["random"]["images"]])
+    assert np.isin(donors, train).all() and table[donors, 0].all() and (group[donors] != group[source]).all()
+    labels = study.labels
+    assert abs((labels[donors] == labels[source]).mean() - 0.25) < 0.12, "the image says nothing about the label"
+    assert len({*donors}) > 0.7 * table[train, 0].sum()
+    assert (added["own"]["images"] == study.images[own]).all() and table[own][:, :2].all()
+    both = source[table[source, 0]]  # the rows of the two controls are the same, as far as they can be
+    assert 10 < len(both) < 200 and (own[: len(both)] == both).all()
+    study.patients[:] = "one"
+    with pytest.raises(Refused, match="--augment random: no training sample of seed 3 that is left its image is of another patient than sample"):
+        draw_studies(train_mora.Config(augment="random:9", image_size=32), study, draw, 3, "cpu")
 
 
 def test_a_smaller_share_lies_in_a_larger_and_leaves_the_test_split_alone():
@@ -497,9 +709,14 @@ def test_a_smaller_share_lies_in_a_larger_and_leaves_the_test_split_alone():
 
 
 def test_augmenting_with_a_run_that_saw_more_is_refused(drawn, monkeypatch):
+    """More samples, or of these samples more than the missing table left."""
     monkeypatch.chdir(drawn)
     said = lambda *argv: refused_in(drawn, train_mora.main, *SCARCE, "--out", "x", *argv)
     assert "samples outside this run's training split; train it with the same --train-share" in said("--augment", "neyman:30", "--train-share", "0.3")
+    split = data.read_npz("neyman/split-s0.npz")
+    table = draw_task(train_mora.Config(missing="any:0.7", seeds=1), phantoms(240, 2).select(("image", "note")), 0)["tables"]["any:0.7"]
+    count = (~table[split["train"]].all(1)).sum()
+    assert f"neyman: at seed 0 it saw {count} samples of which --missing any:0.7 withholds the image or the note here; train it with --table RUN" in said("--augment", "neyman:30")
     assert "was trained on phantoms (target), another study" in said("--augment", "neyman:30", "--phantoms", "250")
     assert "must be SELORA_RUN:COUNT" in said("--augment", "neyman:0")
     assert "must be SELORA_RUN:COUNT" in said("--augment", "neyman")

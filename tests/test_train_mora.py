@@ -304,6 +304,11 @@ def test_bad_files_are_refused_before_anything_is_written(refused, tiny, tmp_pat
         assert f"{name}.npz" in refused(train_mora.main, *TINY, "--data", f"{name}.npz")
     data.save_study(tmp_path / "one.npz", data.Study("one", np.array([0, 1]), ["a", "b"], notes=np.array(["x", "y"])))
     assert "need more samples" in refused(train_mora.main, *TINY, "--data", "one.npz")
+    findings = np.stack([np.arange(60) % 2, np.arange(60) % 3 // 2], 1)
+    data.save_study(tmp_path / "f.npz", data.replace(phantoms(60, 4).select(("image", "note")), labels=findings, class_names=["a", "b"]))
+    for flag in ("--missing", "--test-missing"):
+        said = refused(train_mora.main, *TINY, "--data", "f.npz", flag, "label:0.5")
+        assert "missing type 'label' in 'label:0.5' needs one label a sample; these are several findings" in said
 
 
 def test_a_run_says_first_what_trains_and_how_much_work_is_ahead(tmp_path, monkeypatch, capsys):
@@ -380,12 +385,17 @@ def test_conclusion_is_computed_and_admits_defeat():
 
 
 BAD = [(["--data", "absent.npz"], "absent.npz: no such file"), (["--methods", "dora"], "'dora' is not known"),
-       (["--missing", "image:2"], "outside"), (["--missing", "sound:0.1"], "'sound'"), (["--test-missing", "any:0.1", "both:7"], "outside"),
+       (["--missing", "image:2"], "outside"), (["--missing", "sound:0.1"], "'sound'"), (["--missing", "label:1.1"], "outside"), (["--test-missing", "any:0.1", "both:7"], "outside"),
        (["--modalities", "image", "sound"], "'sound' is not in"), (["--image-size", "30"], "30 is not divisible by the patch size 8"),
        (["--width", "30", "--heads", "4"], "30 is not divisible by 4 heads"), (["--absent", "gone"], "'gone'"), (["--head", "off"], "'off'"),
        (["--head", "locked", "--methods", "mora", "head"], "head"), (["--keep", "mora:7"], "mora:7"), (["--lr", "fast"], "'fast'"), (["--lr", "dora:0.1"], "dora"),
        (["--seeds", "0"], "--seeds is 0"), (["--device", "tpu9"], "tpu9"), (["--synthetic-notes"], "phantoms have reports"),
-       (["--methods", "mora", "mora"], "none twice"), (["--phantoms", "0"], "--phantoms is 0")]  # fmt: skip
+       (["--methods", "mora", "mora"], "none twice"), (["--phantoms", "0"], "--phantoms is 0"),
+       (["--augment", "random:0"], "must be SELORA_RUN:COUNT, random:COUNT or own:COUNT"), (["--augment", "own"], "own:COUNT"),
+       (["--augment", "own:5", "--modalities", "note", "vitals"], "--augment draws images from notes; the modalities are note, vitals"),
+       (["--augment", "own:5", "--missing", "any:1"], "--augment own:5: no training sample of seed 0 is left its note and image by --missing any:1"),
+       (["--augment", "random:5", "--missing", "image:1"], "that is left its image is of another patient than sample"),
+       (["--augment", "./own:5"], "model.pt: no such file")]  # fmt: skip
 
 
 @pytest.mark.parametrize("argv,words", BAD, ids=[" ".join(a) for a, _ in BAD])

@@ -120,7 +120,7 @@ class Sizes:
     exported_mora: tuple = ("--preset", "base", "--phantoms", "300", "--pretrain-steps", "10",
                             "--steps", "10", "--methods", "head", "mora", "--lr", "0.01")
     exported_selora: tuple = ("--preset", "base", "--phantoms", "300", "--pretrain-steps", "10",
-                              "--vae-steps", "10", "--steps", "10", "--every", "4")
+                              "--vae-steps", "10", "--steps", "10", "--every", "4", "--lr", "0.01", "full:0.001")
     tests: Path = ROOT / "tests"
 
     @property
@@ -306,7 +306,7 @@ def adapt_selora(cfg, count, device, meter, dtype=torch.float32):
     train = np.arange(count)
     train_selora.inject(cfg, pairs, model, job, 0, train, None)
     with without_progress():
-        _, history = train_selora.adapt(cfg, pairs, model, job, 0, train, None, meter)
+        _, history = train_selora.adapt(cfg, pairs, model, job, 0, 0.01, train, None, meter)
     return model, history
 
 

@@ -30,7 +30,6 @@ import train_selora
 from minilora import checkpoint, data, diffusion, export_mora, export_selora, selora, serve
 from minilora.mora import MoRA, attach, gates
 from minilora.phantoms import phantoms
-from minilora.ranks import probe_steps as steps_with_probe
 from minilora.task import batch_at, on
 from minilora.unet import Denoiser
 from minilora.vae import VAE
@@ -278,7 +277,7 @@ def first_seconds(folder):
     """Seconds from command to the first training step of each script, with everything cached, and to the first
     prediction of an exported folder."""
     found, command = {}, lambda *argv: [sys.executable, *map(str, argv)]
-    for script, sizes in (("train_mora.py", ["--methods", "head"]), ("train_selora.py", ["--vae-steps", 2, "--rule", "fixed"])):
+    for script, sizes in (("train_mora.py", ["--methods", "head"]), ("train_selora.py", ["--vae-steps", 2, "--rule", "fixed", "--lr", 0.01])):
         argv = command(ROOT / script, "--seeds", 1, "--phantoms", 400, "--pretrain-steps", 2, "--steps", 1, *sizes)
         for turn in ("first", "again"):  # the second finds the base in its cache
             began = time.perf_counter()
@@ -402,7 +401,7 @@ def main():
         for name, times in probe_steps(batch).items():
             add(f"{name}, batch {batch}", times)
     cfg = train_selora.Config()
-    probes = len(steps_with_probe(cfg, "ratio", cfg.rank))
+    probes = len(range(cfg.every, cfg.steps, cfg.every))
     plain, probed = results["probe_step, batch 32"]["peer_ms"], results["probe_step, batch 32"]["ours_ms"]
     add(f"default schedule, {probes} probes in {cfg.steps} steps",
         {"ours_ms": plain * cfg.steps + probes * (probed - plain), "peer_ms": plain * cfg.steps})

@@ -1,0 +1,550 @@
+"""Every published number, from the command to the page.
+
+    python docs/results.py run                 # all that is missing in docs/results/, two at a time; it resumes
+    python docs/results.py run mora-phantoms   # some of it
+    python docs/results.py write               # docs/results.md, and the tables in README.md, from docs/results/
+
+A run of the list below writes its folder under runs/results/. What the pages need of its metrics goes into
+docs/results/NAME.json, with the commands, the version, the machine and the time that it took; a file that is there
+already is not made again: delete it first. X-rays are no part of the project: runs that need covid_cxr.npz or
+pneumoniamnist.npz are skipped where --data does not hold them (the README says what they are).
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from minilora import data, metrics, report, report_selora  # noqa: E402
+
+FOLDER = ROOT / "docs/results"
+RUNS = Path("runs/results")
+DIGITS = 5  # significant ones that are kept
+
+
+@dataclass
+class Published:
+    """One or more commands, and the file that the last one writes its numbers to."""
+
+    name: str
+    commands: list
+    file: str = ""  # under runs/results/; '' is a step that others need
+    needs: tuple = ()
+
+
+def mora(name, *settings):
+    """A command of train_mora.py."""
+    return ["train_mora.py", "--out", f"{RUNS}/{name}", "--resume", *settings]
+
+
+def selora(name, *settings):
+    """A command of train_selora.py."""
+    return ["train_selora.py", "--out", f"{RUNS}/{name}", "--resume", *settings]
+
+
+TEN = ("--seeds", "10")
+SMALL = ("--phantoms", "4000")
+SCARCE = (*SMALL, "--train-share", "0.1", "--methods", "mora", "full", *TEN)
+JUDGE = [
+    "train_mora.py", "--out", f"{RUNS}/judge", "--methods", "head", "--seeds", "1", "--lr", "head:0.03",
+    "--phantoms", "4000", "--steps", "400", "--pretrain-steps", "600", "--resume",
+]  # fmt: skip
+XRAY_JUDGE = [
+    "train_mora.py", "--data", "{data}/covid_cxr.npz", "--source", "{data}/pneumoniamnist.npz", "--modalities", "image",
+    "--seeds", "1", "--methods", "head", "--lr", "head:0.01", "--out", f"{RUNS}/judge-xrays", "--resume",
+]  # fmt: skip
+XRAYS = ("--data", "{data}/covid_cxr.npz", "--source", "{data}/pneumoniamnist.npz", "--synthetic-notes", "--no-grain")
+
+
+def filling(name, fact, *share):
+    """The commands of one study in which missing images are filled in: the study, a diagnoser, a generator that sees
+    what the diagnoser's missing table left, both exported, and the comparison."""
+    study = f"{RUNS}/{name}.npz"
+    diagnoser = f"{RUNS}/{name}-mora"
+    generator = f"{RUNS}/{name}-selora"
+    compare = ["--missing", "any:0.7", "--synthesizer", f"{generator}/onnx", "--scores", f"{RUNS}/{name}.json"]
+    return [
+        ["-m", "minilora.studies", "phantoms", "--samples", "8000", "--fact", fact, "--out", study],
+        mora(f"{name}-mora", "--data", study, "--methods", "mora", "--seeds", "1", *share),
+        selora(f"{name}-selora", "--data", study, "--seeds", "1", "--table", diagnoser, "--lr", "0.01", "full:0.001", *share),
+        ["export.py", "mora", diagnoser],
+        ["export.py", "selora", generator],
+        ["export.py", "predict", f"{diagnoser}/onnx", "--data", study, "--split", f"{diagnoser}/split-s0.npz", *compare],
+    ]
+
+
+FIRST = ("--test-missing", "any:0.7", "any:0", "any:0.3", "any:0.5", "any:0.9")
+FILL = ("--absent", "fill")
+LABEL = (*FILL, "--missing", "label:0.7", "--test-missing", "any:0.7", "label:0.7")
+PNEUMONIA = ("--data", "{data}/pneumoniamnist.npz", "--synthetic-notes")
+COVID = ("--data", "{data}/covid_cxr.npz", "--steps", "200")
+RULES = ("--rules-table", *TEN)
+
+
+def published(name, command, *needs):
+    """A result of one training command."""
+    return Published(name, [command], f"{name}/metrics.json", needs)
+
+
+PUBLISHED = [
+    Published("judge", [JUDGE]),
+    Published("judge-xrays", [XRAY_JUDGE]),
+    published("mora-phantoms", mora("mora-phantoms", *TEN, *FIRST)),
+    published("mora-fill", mora("mora-fill", *TEN, *FILL)),
+    published("mora-label", mora("mora-label", *TEN, *LABEL)),
+    published("mora-pneumonia", mora("mora-pneumonia", *TEN, *PNEUMONIA)),
+    published("mora-covid", mora("mora-covid", *TEN, *COVID)),
+    published("selora-phantoms", selora("selora-phantoms", "--seeds", "6", "--judge", f"{RUNS}/judge"), "judge"),
+    published("ranks-phantoms", selora("ranks-phantoms", *RULES, "--steps", "300", "--judge", f"{RUNS}/judge"), "judge"),
+    published(
+        "ranks-xrays",
+        selora("ranks-xrays", *RULES, *XRAYS, "--steps", "300", "--judge", f"{RUNS}/judge-xrays"),
+        "judge-xrays",
+    ),
+    published("scarce-none", mora("scarce-none", *SCARCE)),
+    Published("scarce-generator", [selora("scarce-generator", *SMALL, "--train-share", "0.1", *TEN,
+                                          "--table", f"{RUNS}/scarce-none")], needs=("scarce-none",)),
+    published("scarce-random", mora("scarce-random", *SCARCE, "--augment", "random:1000")),
+    published("scarce-own", mora("scarce-own", *SCARCE, "--augment", "own:1000")),
+    published("scarce-drawn", mora("scarce-drawn", *SCARCE, "--augment", f"{RUNS}/scarce-generator:1000"),
+              "scarce-generator"),
+    Published("fill-usual", filling("fill-usual", "usual"), "fill-usual.json"),
+    Published("fill-image", filling("fill-image", "image"), "fill-image.json"),
+    Published("fill-both", filling("fill-both", "both", "--train-share", "0.1"), "fill-both.json"),
+]
+
+
+# ---- run
+
+
+def python(command, settings):
+    """The command line of one of our commands."""
+    return [sys.executable, *(part.replace("{data}", str(settings.data)) for part in command)]
+
+
+def shown(command):
+    """A command as a reader would type it."""
+    return " ".join(["python", *(part.replace("{data}", "DATA") for part in command)])
+
+
+def machine():
+    """What a duration depends on, and what the last digits of a result may depend on."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else ():
+        if line.startswith("model name"):
+            name = line.split(":", 1)[1].strip()
+            break
+    return f"{name}, 1 thread a run; Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
+
+
+def version():
+    """Of the package, and the commit."""
+    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return f"minilora 0.1.0, commit {answer.stdout.strip() or 'unknown'}"
+
+
+def kept(value):
+    """Metrics without what no page shows, and numbers rounded."""
+    if isinstance(value, dict):
+        return {key: kept(v) for key, v in value.items() if key not in ("history", "ranks", "probabilities")}
+    if isinstance(value, list):
+        return [kept(v) for v in value]
+    if isinstance(value, float) and np.isfinite(value):
+        return float(f"{value:.{DIGITS}g}")
+    return value
+
+
+def run_one(one, settings):
+    """Run the commands of a result and keep its numbers; returns a line that says how it went."""
+    target = FOLDER / f"{one.name}.json"
+    if one.file and target.is_file():
+        return f"{one.name}: is there"
+    needed = {f for command in one.commands for f in ("covid_cxr.npz", "pneumoniamnist.npz") if f in str(command)}
+    for name in needed:
+        if not (settings.data / name).is_file():
+            return f"{one.name}: SKIPPED, --data {settings.data} does not hold {name}"
+    started = time.monotonic()
+    RUNS.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with open(RUNS / f"{one.name}.log", "a") as log:
+        for command in one.commands:
+            line = python(command, settings)
+            if not command[0].startswith("-"):
+                line[1] = str(ROOT / command[0])
+            code = subprocess.run(line, stdout=log, stderr=log, env=environment).returncode
+            if code:
+                return f"{one.name}: FAILED with code {code}, see {log.name}"
+    if one.file:
+        content = {
+            "commands": [shown(command) for command in one.commands],
+            "version": version(),
+            "machine": machine(),
+            "seconds of the last sitting": round(time.monotonic() - started),
+            "result": kept(json.loads((RUNS / one.file).read_text())),
+        }
+        data.write_atomic(target, json.dumps(content, indent=1) + "\n")
+    return f"{one.name}: done in {time.monotonic() - started:.0f} s"
+
+
+def run_all(settings):
+    """Run what is missing of the results that are asked for, and what these need."""
+    by_name = {one.name: one for one in PUBLISHED}
+    order = []
+
+    def want(name):
+        for other in by_name[name].needs:
+            want(other)
+        if name not in order:
+            order.append(name)
+
+    for name in settings.names:
+        if name not in by_name:
+            raise data.Refused(f"result '{name}' is not known; there are {', '.join(by_name)}")
+    for name in settings.names or by_name:
+        if by_name[name].file and not (FOLDER / f"{name}.json").is_file():
+            want(name)
+    futures = {}
+    with ThreadPoolExecutor(settings.at_once) as pool:
+
+        def work(name):
+            for other in by_name[name].needs:
+                futures[other].result()
+            line = run_one(by_name[name], settings)
+            print(line, flush=True)
+            return line
+
+        for name in order:  # what is needed stands before what needs it, so that nobody waits for ever
+            futures[name] = pool.submit(work, name)
+    if any("FAILED" in future.result() for future in futures.values()):
+        raise SystemExit(1)
+
+
+# ---- write
+
+
+def read_results():
+    """{name: what docs/results/ holds of it}."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+
+
+def table(header, rows):
+    """Lines of a table in Markdown."""
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + "---|" * len(header)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def interval(ours, theirs, digits=3):
+    """'+0.068 [+0.055, +0.081]' and p of the sign test, for paired scores."""
+    text = report.difference(ours, theirs, digits)
+    p = metrics.paired(ours, theirs)["p"]
+    return f"{text}, p {p:.2g}" if len(ours) > 1 else text
+
+
+def mora_rows(result, text=None):
+    """The rows of a run of train_mora.py under one of its test tables, the first by default."""
+    text = text or next(iter(result["methods"].values()))["by_test"].__iter__().__next__()
+    rows = result["methods"] | result["baselines"]
+    scores = {name: row["by_test"][text] for name, row in rows.items()}
+    for name, row in rows.items():
+        score = scores[name]
+        patterns = [[a for a in pattern["accuracy"] if a is not None] for pattern in score["by_pattern"].values()]
+        accuracy = " / ".join(f"{np.mean(each):.3f}" for each in patterns if each)
+        cells = [f"`{name}`" if "lr" in row else name, metrics.spread(score["macro_f1"]), metrics.spread(score["auroc"])]
+        cells += [accuracy if len(patterns) <= 3 else ""]
+        cells += [f"{row['adapter_params'][0]:,}", f"{row['lr']:g}"] if "lr" in row else ["", ""]
+        for other in ("head", "mora"):
+            sign = name != other and other in scores
+            pair = (score["macro_f1"], scores[other]["macro_f1"]) if sign else None
+            if other == "mora" and pair:
+                pair = pair[::-1]
+            cells.append(interval(*pair) if pair else "")
+        yield cells
+
+
+def mora_table(result, text=None):
+    """The table of a run of train_mora.py."""
+    first = next(iter(result["methods"].values()))["by_test"]
+    patterns = next(iter(first.values()))["by_pattern"]
+    names = f"accuracy: {' / '.join(patterns)}" if len(patterns) <= 3 else ""
+    header = ["method", "macro-F1", "AUROC", names, "parameters", "rate", "minus head-only", "MoRA minus it"]
+    return table(header, mora_rows(result, text))
+
+
+def about(content):
+    """The commands and the place of a result."""
+    yield "```"
+    yield from content["commands"]
+    yield "```"
+    yield ""
+    yield f"*{content['version']}; {content['machine']}.*"
+    yield ""
+
+
+TITLES = {
+    "mora-phantoms": "MoRA on phantoms",
+    "mora-fill": "MoRA on phantoms, absent inputs filled",
+    "mora-label": "MoRA where missing depends on the label in training",
+    "mora-pneumonia": "PneumoniaMNIST: real images, synthetic notes",
+    "mora-covid": "COVID-19 X-rays: real images, notes and numbers",
+}
+
+
+def mora_section(name, results):
+    """The section of a run of train_mora.py: commands, a table for each test table, sentences."""
+    content = results[name]
+    result = content["result"]
+    yield from about(content)
+    texts = [*next(iter(result["methods"].values()))["by_test"]]
+    for text in texts:
+        yield f"Trained with {result['missing']} missing, tested with {text}:"
+        yield ""
+        yield from mora_table(result, text)
+        yield ""
+    for line in report.mora_conclusion(result):
+        yield f"- {line.strip()}"
+    yield ""
+
+
+AWARENESS = {
+    "mora-phantoms": "joint transformer, absent tokens hidden: the input shows the pattern",
+    "mora-fill": "absent inputs filled with another sample's: nothing in the input tells",
+    "mora-label": "filled, and in training missing depends on the label, in the test not",
+}
+
+
+def awareness_table(results):
+    """When knowing the pattern pays: a row for each condition."""
+    rows = []
+    for name, condition in AWARENESS.items():
+        if name not in results:
+            rows.append([condition, *["not measured yet"] * 7])
+            continue
+        methods = results[name]["result"]["methods"]
+        scores = {method: methods[method]["macro_f1"] for method in ("head", "lora", "mora-open", "mora", "full")}
+        cells = [metrics.spread(score) for score in scores.values()]
+        gaps = [interval(scores["mora"], scores[other]) for other in ("lora", "mora-open")]
+        rows.append([condition, *cells, *gaps])
+    header = ["condition", "`head`", "`lora`", "`mora-open`", "`mora`", "`full`", "MoRA minus `lora`"]
+    return table([*header, "MoRA minus `mora-open`"], rows)
+
+
+SCARCE_ROWS = {
+    "scarce-none": "nothing added",
+    "scarce-random": "1,000 with the real image of a random other patient",
+    "scarce-drawn": "1,000 with an image drawn from their words",
+    "scarce-own": "1,000 with their own real image, withheld anew",
+}
+
+
+def scarce_table(results):
+    """Synthetic studies beside few real ones, and their controls."""
+    rows = []
+    for method in ("mora", "full"):
+        each = {n: results[n]["result"]["methods"][method] for n in SCARCE_ROWS if n in results}
+        for name, row in each.items():
+            gaps = ["" if name == other or other not in each else
+                    interval(row["macro_f1"], each[other]["macro_f1"]) for other in ("scarce-none", "scarce-random")]
+            cells = [f"`{method}`", SCARCE_ROWS[name], metrics.spread(row["macro_f1"]), metrics.spread(row["auroc"])]
+            rows.append([*cells, f"{row['lr']:g}", *gaps])
+    return table(["method", "added", "macro-F1", "AUROC", "rate", "minus nothing added", "minus random images"], rows)
+
+
+def selora_table(result, names=None):
+    """The table of a run of train_selora.py: losses x 1e5, and what the judge says."""
+    methods = result["methods"]
+    judge = result["judge"]
+    facts = [name for name in judge["ceiling"] if "," not in name] if judge else []
+    header = ["", "held-out loss", "trained parameters", "rate"]
+    if judge:
+        header += ["Frechet distance", *(f"{fact} found" for fact in facts), *(f"{fact}, words ignored" for fact in facts)]
+        header += ["nearest"]
+    rows = []
+    for name in names or methods:
+        method = methods[name]
+        row = [f"`{name}`", metrics.spread(np.array(method["heldout_loss"]) * 1e5, 0)]
+        row += [f"{np.mean(method['adapter_params']) + np.mean(method['word_params']):,.0f}"]
+        if name == "full":
+            row[-1] = f"{np.mean(method['trainable_params']):,.0f}"
+        row += [f"{method['lr']:g}" if name != "unadapted" else ""]
+        if judge:
+            row += [judged_cell(method, key) for key in ("frechet", *facts, *(f"{f}, words ignored" for f in facts))]
+            row += [judged_cell(method, "nearest", 1)]
+        rows.append(row)
+    if judge:
+        real = judge["ceiling"] | {"frechet": judge["floor"], "nearest": judge["nearest"]}
+        bounds = {"real images through the autoencoder": judge["autoencoder"], "real images": real,
+                  "most common answer": judge["chance"]}  # fmt: skip
+        for name, values in bounds.items():
+            cells = [judged_cell(values, key) for key in ("frechet", *facts)] + [""] * len(facts)
+            rows.append([name, "", "", "", *cells, judged_cell(values, "nearest", 1)])
+    return table(header, rows)
+
+
+def judged_cell(values, key, digits=3):
+    """Mean ± deviation of a measure, or ''."""
+    return metrics.spread(np.array(values[key]), digits) if key in values else ""
+
+
+def selora_section(name, results):
+    """The section of a run of train_selora.py."""
+    content = results[name]
+    yield from about(content)
+    yield from selora_table(content["result"])
+    yield ""
+    for line in report_selora.selora_conclusion(content["result"]):
+        yield f"- {line.strip()}"
+    yield ""
+
+
+def filling_table(result):
+    """The rows of one comparison of `export.py predict --synthesizer`, and its sentences."""
+    rows = []
+    for name, scores in result["rows"].items():
+        rows.append([name, *(f"{scores[key]:.3f}" for key in ("macro_f1", "auroc", "accuracy"))])
+    yield from table([f"{result['compared']} samples", "macro-F1", "AUROC", "accuracy"], rows)
+    yield ""
+    for comparison in result["comparisons"]:
+        yield f"- {comparison['sentence']}"
+
+
+def filling_section(names, results):
+    """Missing images filled in: rows of scores, and comparisons."""
+    for name, about_study in names.items():
+        yield f"### {about_study}"
+        yield ""
+        if name not in results:
+            yield "Not measured yet."
+            yield ""
+            continue
+        yield from about(results[name])
+        yield from filling_table(results[name]["result"])
+        yield ""
+
+
+HEAD = """# Results
+
+Every number on this page comes from a command that stands above it. `make results` runs those whose numbers are missing
+in `docs/results/` (up to 5 hours on 2 cores; it resumes), and writes this page from that folder: nobody types a number.
+
+- **Mean ± sample standard deviation over seeds.** A seed draws training and test rows, the missing table, the initial
+  adapter and the batches. The validation rows are the same for all seeds and test nothing.
+- **Differences are paired by seed**: mean [95% interval by Student's t], p of the exact two-sided sign test. A method
+  "beats" another where p is below .05, which takes all of 6 seeds, or 9 of 10; else no difference is shown. Seeds share
+  samples, so the intervals are somewhat narrow.
+- **Rates**: every row has its own learning rate, the best on the validation rows at seed 0 of a grid that is widened
+  while the best lies at its edge.
+- **Controls**: the larger class, linear models without any transformer, random images, shuffled and random ranks.
+- "Phantoms" are synthetic chest studies drawn by a program: what holds there need not hold in a hospital.
+"""
+
+WHEN = """MoRA's branch is told which modalities a sample has. That can help by at most the mutual information between
+the label and the pattern of presence, given what the adapter sees: where the input shows the pattern by itself, as hidden
+or constant tokens do, there is nothing to gain. `lora` is the plain branch with the same number of parameters, and
+`mora-open` is MoRA told that everything is present. That MoRA reaches the optimum of a linear model with a closed form,
+where both of these cannot, is a unit test (`tests/test_mora.py`)."""
+
+SCARCE_TEXT = """A tenth of the training samples of 4,000 phantoms, 70% of which lack their image or report, and 1,000
+studies more. Each takes the words and the label of a training sample whose words the missing table left. The generator was
+adapted at each seed to pairs that the table left whole, and to nothing else."""
+
+PARTS = [
+    ("MoRA", [
+        ("mora-phantoms", "Phantoms (synthetic), image and report", mora_section),
+        ("mora-fill", "Phantoms, absent inputs filled with another sample's", mora_section),
+        ("mora-label", "Missing depends on the label in training, not in the test", mora_section),
+        ("mora-pneumonia", "PneumoniaMNIST: real images, synthetic notes", mora_section),
+        ("mora-covid", "COVID-19 X-rays: real images, notes and numbers", mora_section),
+    ]),
+    ("SeLoRA", [
+        ("selora-phantoms", "Phantoms (synthetic)", selora_section),
+        ("selora-xrays", "X-rays drawn from their notes", selora_section),
+        ("ranks-phantoms", "Which ranks: phantoms", selora_section),
+        ("ranks-xrays", "Which ranks: X-rays", selora_section),
+    ]),
+]  # fmt: skip
+FILLED = {
+    "fill-usual": "Words and image each say a part",
+    "fill-both": "Words and image both show the deciding fact; 10% of the training samples",
+    "fill-image": "Only the image shows the deciding fact",
+}
+
+
+def page(results):
+    """The text of docs/results.md."""
+    lines = [HEAD]
+    for part, sections in PARTS:
+        lines += [f"## {part}", ""]
+        if part == "MoRA":
+            lines += ["### When knowing the pattern pays", "", WHEN, "", *awareness_table(results), ""]
+        for name, title, section in sections:
+            lines += [f"### {title}", ""]
+            lines += section(name, results) if name in results else ["Not measured yet.", ""]
+    lines += ["## Both together", "", "### Synthetic studies beside few real ones", "", SCARCE_TEXT, ""]
+    for name in SCARCE_ROWS:
+        lines += [f"`{command}`  " for command in results.get(name, {"commands": []})["commands"]]
+    lines += ["", *scarce_table(results), ""]
+    lines += filling_section(FILLED, results)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+BLOCKS = {
+    "awareness": lambda results: "\n".join(awareness_table(results)),
+    "scarce": lambda results: "\n".join(scarce_table(results)),
+}
+
+
+def write(settings=None):
+    """docs/results.md and the tables in README.md."""
+    results = read_results()
+    data.write_atomic(ROOT / "docs/results.md", page(results))
+    readme = ROOT / "README.md"
+    data.write_atomic(readme, filled(readme.read_text(), results))
+
+
+def filled(text, results):
+    """The text of README.md with its blocks `<!-- result NAME -->` ... `<!-- end -->` filled."""
+
+    def block(match):
+        return f"{match[1]}\n{BLOCKS[match[2]](results).strip()}\n<!-- end -->"
+
+    return re.sub(r"(<!-- result ([\w-]+) -->)\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+@dataclass
+class Settings:
+    """Make and write the published numbers."""
+
+    what: tyro.conf.Positional[str]  # `run` what is missing, or `write` the pages.
+    names: tyro.conf.Positional[tuple[str, ...]] = ()  # Results to run; default: all.
+    data: Path = Path("data")  # Folder with covid_cxr.npz and pneumoniamnist.npz.
+    at_once: int = 2  # Commands that run at once, one thread each.
+
+
+def main(argv=None):
+    settings = tyro.cli(Settings, args=argv, description=Settings.__doc__)
+    with data.one_line_errors():
+        if settings.what == "run":
+            return run_all(settings)
+        if settings.what == "write":
+            return write()
+        raise data.Refused(f"'{settings.what}' is not known; use run or write")
+
+
+if __name__ == "__main__":
+    main()

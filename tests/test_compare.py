@@ -1,0 +1,88 @@
+"""What paired differences over the test samples can show, and the images that filling in is compared with."""
+
+import math
+
+import numpy as np
+import pytest
+
+from minilora import compare, data, metrics
+from minilora.phantoms import phantoms
+
+
+def draws(shape, rng):
+    """Probabilities [S,n,C] of a method."""
+    p = rng.random(shape)
+    return p / p.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one label", "findings"])
+def test_paired_samples_is_a_bootstrap_over_the_samples(several):
+    """Against the same resamples, each scored by `metrics.scores`; over seeds the mean."""
+    rng, n, C = np.random.default_rng(5), 60, 4
+    labels = rng.integers(-1, 2, (n, C)) if several else rng.integers(0, C, n)
+    ours, theirs = draws((2, n, C), rng), draws((2, n, C), rng)
+    score = lambda p, rows: metrics.scores(labels[rows], p[rows])["macro_f1"]
+    gap = lambda rows: np.mean([score(a, rows) - score(b, rows) for a, b in zip(ours, theirs)])
+    generator = np.random.default_rng(3)
+    resampled = [gap(generator.integers(0, n, n)) for _ in range(200)]
+    result = metrics.paired_samples(labels, ours, theirs, 3, 200)
+    assert result["n"] == n and abs(result["mean"] - gap(np.arange(n))) < 1e-9
+    np.testing.assert_allclose((result["low"], result["high"]), np.percentile(resampled, (2.5, 97.5)), atol=1e-9)
+    if several:
+        answers = lambda p: (((p >= 0.5) == (labels == 1)) & (labels >= 0)).sum((0, 2))
+    else:
+        answers = lambda p: (p.argmax(2) == labels).sum(0)
+    more, fewer = (answers(ours) > answers(theirs)).sum(), (answers(ours) < answers(theirs)).sum()
+    assert (result["wins"], result["losses"], result["p"]) == (more, fewer, metrics.sign_test(more, fewer))
+    one = metrics.paired_samples(labels, ours[0], theirs[0])
+    assert one == metrics.paired_samples(labels, ours[:1], theirs[:1]) and one["mean"] != result["mean"]
+
+
+def test_the_interval_covers_no_difference_as_often_as_it_says():
+    rng, covered = np.random.default_rng(1), 0
+    for k in range(100):
+        labels = rng.integers(0, 3, 150)
+        right = [np.where(rng.random(150) < 0.7, labels, rng.integers(0, 3, 150)) for _ in range(2)]
+        result = metrics.paired_samples(labels, *(np.eye(3)[answers] for answers in right), seed=k)
+        covered += result["low"] <= 0 <= result["high"]
+    assert 88 <= covered <= 100  # of 95 a binomial count leaves this once in a thousand times
+
+
+def test_a_sentence_claims_what_both_the_interval_and_the_sign_test_show():
+    labels = np.arange(60) % 3
+    right, wrong = np.eye(3)[labels], np.eye(3)[(labels + 1) % 3]
+    mixed = np.where((np.arange(60) < 20)[:, None], wrong, right)
+    better = metrics.paired_samples(labels, right, mixed)
+    assert (better["wins"], better["losses"]) == (20, 0) and better["low"] > 0.2
+    sentence = metrics.verdict_samples(better, ("a", "b"))
+    assert sentence.startswith("a beats b: mean +0.333 macro-F1, 95% interval +0.2") and sentence.endswith("better on 20 samples, worse on 0, p = 1.9e-06.")
+    assert metrics.verdict_samples(metrics.paired_samples(labels, mixed, right), ("b", "a")).startswith("b is beaten by a: mean -0.333")
+    few = np.where((np.arange(60) < 3)[:, None], wrong, right)
+    assert metrics.verdict_samples(metrics.paired_samples(labels, right, few), ("a", "b")).startswith("No difference that 60 samples can show between a and b: mean +0.0")
+    for odd in (dict(low=-0.1), dict(p=0.06), dict(wins=1, losses=20), dict(low=-0.3, high=-0.1)):
+        assert "No difference that 60 samples can show" in metrics.verdict_samples(better | odd, ("a", "b"))
+    same = metrics.paired_samples(labels, right, right)
+    assert [same[k] for k in ("mean", "low", "high", "p")] == [0, 0, 0, 1] and "No difference" in metrics.verdict_samples(same, ("a", "b"))
+
+
+def test_findings_without_a_positive_are_no_comparison():
+    labels = np.zeros((20, 2), int)
+    result = metrics.paired_samples(labels, np.full((20, 2), 0.9), np.full((20, 2), 0.1))
+    assert math.isnan(result["mean"]) and (result["wins"], result["losses"]) == (0, 20)
+    assert metrics.verdict_samples(result, ("a", "b")) == "a against b: one has no score, so there is no comparison."
+
+
+def test_random_images_are_of_other_patients_that_the_table_left():
+    s = phantoms(60, 3)
+    s.patients = np.array([f"p{i % 20}" for i in range(60)])  # 3 samples each
+    s.images[5] = 0
+    table = np.ones((60, 2), bool)
+    table[10:20, 1] = False
+    split = {"train": np.arange(40), "test": np.arange(40, 60), "modalities": np.array(["note", "image"]), "present any:0.7": table, "present any:0": np.ones((60, 2), bool)}
+    pool = compare.training_images(s, split)
+    assert [*pool] == [i for i in range(40) if i != 5 and not 10 <= i < 20]
+    rows, groups = np.arange(40, 60), data.groups(s)
+    chosen = compare.of_others(groups, pool, rows)
+    assert chosen.shape == (20, 16) and np.isin(chosen, pool).all() and (chosen % 20 != (rows % 20)[:, None]).all()
+    assert all(len({*row}) == 16 for row in chosen) and (compare.of_others(groups, pool, rows) == chosen).all() and len(np.unique(chosen)) > 20
+    assert compare.of_others(groups, pool[:1], rows[1:]).shape == (19, 16) and compare.of_others(groups, pool[:1], rows) is None
