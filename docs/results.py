@@ -417,7 +417,7 @@ def filling_table(result):
     rows = []
     for name, scores in result["rows"].items():
         rows.append([name, *(f"{scores[key]:.3f}" for key in ("macro_f1", "auroc", "accuracy"))])
-    yield from table([f"{result['compared']} samples", "macro-F1", "AUROC", "accuracy"], rows)
+    yield from table([f"{result['samples']} samples", "macro-F1", "AUROC", "accuracy"], rows)
     yield ""
     for comparison in result["comparisons"]:
         yield f"- {comparison['sentence']}"
@@ -433,7 +433,7 @@ def filling_section(names, results):
             yield ""
             continue
         yield from about(results[name])
-        yield from filling_table(results[name]["result"])
+        yield from filling_table(results[name]["result"]["filled_in"])
         yield ""
 
 
@@ -503,9 +503,93 @@ def page(results):
     return "\n".join(lines).rstrip() + "\n"
 
 
+# ---- the tables of README.md
+
+
+NOT_YET = ["Not measured yet."]
+
+
+def sentences(lines):
+    """A list in Markdown."""
+    return ["", *(f"- {line.strip()}" for line in lines)]
+
+
+def mora_block(name, accuracy=True):
+    """Table and sentences of a run of train_mora.py, its first test table alone."""
+
+    def lines(results):
+        if name not in results:
+            return NOT_YET
+        result = results[name]["result"]
+        header, rule, *rows = mora_table(result)
+        kept_columns = [0, 1, 2, 3, 5, 6] if accuracy else [0, 1, 2, 5, 6]
+
+        def cut(row):
+            cells = row.strip("|").split("|")
+            return "|" + "|".join(cells[k] for k in kept_columns) + "|"
+
+        return [*map(cut, (header, rule, *rows)), *sentences(report.mora_conclusion(result))]
+
+    return lines
+
+
+def selora_block(results):
+    """Table and sentences of the default run of train_selora.py."""
+    if "selora-phantoms" not in results:
+        return NOT_YET
+    result = results["selora-phantoms"]["result"]
+    return [*selora_table(result), *sentences(report_selora.selora_conclusion(result))]
+
+
+RANKS = {"ranks-phantoms": "phantoms", "ranks-xrays": "X-rays"}
+RANKS_SHOWN = ("probe-svd", "shuffled", "inverse-cost", "neyman", "random", "ratio", "random-grown", "replay", "oracle")
+
+
+def ranks_block(results):
+    """Each rule's loss minus that of uniform ranks, for each study and budget."""
+    columns = {}  # {(study, budget): {rule: losses x 1e5}}
+    for name, title in RANKS.items():
+        if name in results:
+            methods = results[name]["result"]["methods"]
+            for budget in ("r1", "r2", "r3"):
+                rows = {rule: methods.get(f"{rule} {budget}") for rule in ("uniform", *RANKS_SHOWN)}
+                columns[title, budget] = {k: np.array(v["heldout_loss"]) * 1e5 for k, v in rows.items() if v}
+    if not columns:
+        return NOT_YET
+    header = ["", *(f"{title}, rank {budget[1:]}'s budget" for title, budget in columns)]
+    rows = [["uniform: mean", *(f"{losses['uniform'].mean():.0f}" for losses in columns.values())]]
+    for rule in RANKS_SHOWN:
+        row = [f"`{rule}`"]
+        for losses in columns.values():
+            row.append(interval(losses[rule], losses["uniform"], 0) if rule in losses else "")
+        rows.append(row)
+    return table(header, rows)
+
+
+def filling_block(results):
+    """Macro-F1 of the samples whose image was withheld, a column for each study."""
+    shown_studies = {title: results[name]["result"]["filled_in"] for name, title in FILLED.items() if name in results}
+    if not shown_studies:
+        return NOT_YET
+    names = list(dict.fromkeys(name for result in shown_studies.values() for name in result["rows"]))
+    rows = []
+    for name in names:
+        cells = [result["rows"].get(name) for result in shown_studies.values()]
+        rows.append([name, *(f"{cell['macro_f1']:.3f}" if cell else "" for cell in cells)])
+    lines = []
+    for title, result in shown_studies.items():
+        lines += [f"{title}: {comparison['sentence']}" for comparison in result["comparisons"]]
+    return [*table(["", *(f"{title} ({r['samples']})" for title, r in shown_studies.items())], rows), *sentences(lines)]
+
+
 BLOCKS = {
-    "awareness": lambda results: "\n".join(awareness_table(results)),
-    "scarce": lambda results: "\n".join(scarce_table(results)),
+    "mora": mora_block("mora-phantoms"),
+    "covid": mora_block("mora-covid", accuracy=False),
+    "awareness": awareness_table,
+    "selora": selora_block,
+    "ranks": ranks_block,
+    "scarce": scarce_table,
+    "filling": filling_block,
 }
 
 
@@ -521,7 +605,8 @@ def filled(text, results):
     """The text of README.md with its blocks `<!-- result NAME -->` ... `<!-- end -->` filled."""
 
     def block(match):
-        return f"{match[1]}\n{BLOCKS[match[2]](results).strip()}\n<!-- end -->"
+        lines = "\n".join(BLOCKS[match[2]](results)).strip()
+        return f"{match[1]}\n{lines}\n<!-- end -->"
 
     return re.sub(r"(<!-- result ([\w-]+) -->)\n.*?<!-- end -->", block, text, flags=re.DOTALL)
 

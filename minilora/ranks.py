@@ -67,6 +67,7 @@ def plan(model, rule, budget, gradients=None, values=None, seed=0):
     if rule in ("uniform", "random"):
         return scatter(costs, budget, tops, generator, even=rule == "uniform")
     if rule in VALUED:
+        check_names(layers, values)
         ranks = most_valued(values, costs, budget, tops)
         return shuffled(ranks, costs, tops, generator) if rule == "shuffled" else ranks
     if rule == "neyman":
@@ -240,7 +241,9 @@ def jobs_of(cfg, cost):
             jobs += [Job(f"{rule} r{rank}", rule, rank=1, of=ratio.name) for rule in GROWN[1:]]
     jobs.append(Job("ratio", "ratio", rank=1))
     jobs += [Job(f"{rule} as ratio", rule, rank=1, of="ratio") for rule in AS_RATIO]
-    return [unadapted, full, *(job for job in jobs if not cfg.rows or job.rule in cfg.rows)]
+    if cfg.rows:
+        jobs = [job for job in jobs if job.rule in cfg.rows and (not job.of or "ratio" in cfg.rows)]
+    return [unadapted, full, *jobs]
 
 
 def completed(cfg, job, seed, replay):

@@ -86,3 +86,10 @@ def test_random_images_are_of_other_patients_that_the_table_left():
     assert chosen.shape == (20, 16) and np.isin(chosen, pool).all() and (chosen % 20 != (rows % 20)[:, None]).all()
     assert all(len({*row}) == 16 for row in chosen) and (compare.of_others(groups, pool, rows) == chosen).all() and len(np.unique(chosen)) > 20
     assert compare.of_others(groups, pool[:1], rows[1:]).shape == (19, 16) and compare.of_others(groups, pool[:1], rows) is None
+
+
+def test_other_images_are_not_the_samples_own():
+    cases = compare.Cases({"image": [1, 2], "note": ["a", "b"]}, [set(), {"note"}])
+    assert cases.with_images(np.array([3, 4])) == compare.Cases({"image": [3, 4], "note": ["a", "b"]}, [{"image"}, {"note", "image"}])
+    assert cases.with_images([3, 4]).with_images([1, 2], own=True) == cases
+    assert cases.take(np.array([False, True])) == compare.Cases({"image": [2], "note": ["b"]}, [{"note"}])

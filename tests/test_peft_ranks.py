@@ -1,4 +1,4 @@
-"""tests/bench/peft_ranks.py at a tiny size: every row adapts the same layers at the same scale, and uniform LoRA is that of
+"""tests/bench/peft_ranks.py at a tiny size: every row adapts the same layers at the same scale, and ours are those of
 train_selora.py."""
 
 import json
@@ -82,16 +82,20 @@ def test_pefts_layers_have_our_scale(setting):
         torch.testing.assert_close(svd(x), layer(x), rtol=1e-4, atol=1e-3)
 
 
-def test_the_uniform_row_is_the_fixed_rule_of_the_training_script(setting, monkeypatch, tmp_path):
+@pytest.mark.parametrize("row,rule", [("uniform", "fixed"), ("neyman", "neyman"), ("probe-svd", "probe-svd")])
+def test_our_rows_are_rules_of_the_training_script(setting, monkeypatch, tmp_path, row, rule):
     monkeypatch.setattr("minilora.report.pyplot", lambda: None)
-    row = peft_ranks.trained_row(setting, "uniform", 2, 0.01, 0)
+    ours = peft_ranks.trained_row(setting, row, 2, 0.01, 0)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
-    flags += ["--rule=fixed", "--rank=2", "--lr=0.01", f"--steps={STEPS}", "--batch=4", "--word-notes=0", "--seeds=1", "--device=cpu", "--sample-steps=2"]
+    flags += [f"--rule={rule}", "--rank=2", "--lr=0.01", f"--steps={STEPS}", "--batch=4", "--word-notes=0", "--seeds=1", "--device=cpu", "--sample-steps=2"]
+    if rule != "fixed":
+        linear = [layer.weight.shape for layer in setting.model().modules() if isinstance(layer, torch.nn.Linear)]
+        flags.append(f"--budget={2 * sum(map(sum, linear))}")
     train_selora.main([*flags, "--targets=" + "|".join(setting.names).replace(".", "[.]"), f"--out={tmp_path}"])
-    fixed = json.loads((tmp_path / "metrics.json").read_text())["methods"]["fixed"]
-    assert row["test"] == pytest.approx(fixed["heldout_loss"][0], rel=1e-6)
-    assert row["val"] == pytest.approx(fixed["val_loss"][0], rel=1e-6)
-    assert row["parameters"] == fixed["adapter_params"][0]
+    theirs = json.loads((tmp_path / "metrics.json").read_text())["methods"][rule]
+    assert ours["test"] == pytest.approx(theirs["heldout_loss"][0], rel=1e-6)
+    assert ours["val"] == pytest.approx(theirs["val_loss"][0], rel=1e-6)
+    assert ours["parameters"] == theirs["adapter_params"][0] and ours["ranks"] == theirs["ranks"][0]
 
 
 def test_the_comparison_is_printed_kept_and_gone_on_with(folder, monkeypatch, capsys):
@@ -115,7 +119,7 @@ def test_the_comparison_is_printed_kept_and_gone_on_with(folder, monkeypatch, ca
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 3 + len(ROWS) and len({line.count("|") for line in table}) == 1
     losses = [[1e5 * loss for loss in rows[row]["test"]] for row in ("adalora", "uniform")]
-    sentence = verdict(*losses, ("PEFT AdaLoRA r1", "uniform LoRA r1"), " x 1e-5", less=True, digits=0)
+    sentence = verdict(*losses, ("PEFT AdaLoRA r1", "uniform LoRA r1"), less=True, digits=0)
     assert sentence == lines[-1] == results["sentences"][-1]
 
 

@@ -67,6 +67,6 @@ def test_a_result_is_made_once_and_what_failed_is_said(tmp_path, monkeypatch, ca
 
 
 def test_blocks_of_the_readme_are_filled(monkeypatch):
-    monkeypatch.setattr(results, "BLOCKS", {"one": lambda kept: f"| {kept['x']} |"})
+    monkeypatch.setattr(results, "BLOCKS", {"one": lambda kept: [f"| {kept['x']} |"]})
     text = "a\n<!-- result one -->\nold\nlines\n<!-- end -->\nb\n"
     assert results.filled(text, {"x": 7}) == "a\n<!-- result one -->\n| 7 |\n<!-- end -->\nb\n"

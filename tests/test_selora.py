@@ -15,7 +15,8 @@ import torch.nn.utils.prune
 from torch import nn
 
 from minilora import selora
-from minilora.ranks import PLANS, apportion, full_gradients, plan, set_ranks
+from minilora.allocate import information, rises, to_components
+from minilora.ranks import PLANS, Job, apportion, full_gradients, highest, openings, plan, probe_of, savings, set_ranks, start_of
 from minilora.selora import FisherProbe, LoRAConv2d, LoRALinear, Score, adapters, fisher_loop, grow, inject
 
 LAYERS = {  # name: (layer, shape of the input, samples first)
@@ -702,15 +703,20 @@ def test_neyman_by_hand():
     inject(model, rank=0, capacity=10**4)
     a, b = torch.tensor([[1.0, 0, 0, 0], [2, 0, 0, 0]]), torch.tensor([[2.0, 1, 0, 0], [-1, 0, 0, 0]])
     c, none = torch.ones(7, 9), torch.zeros(1, 1)
-    ranks = plan(model, "neyman", 60000, iter([{"0": a, "1": c, "2": none}, {"0": b, "1": c, "2": none}]))
-    D = [math.sqrt(2 / 4) * 2 / math.sqrt((1 + 5) / 2), math.sqrt(2 / 9) * 7 * 9 / 3]  # row 1 of '0' disagrees: 0
-    wanted = [math.sqrt(d / cost) for d, cost in zip(D, (6, 16))]
-    assert abs(ranks["0"] / ranks["1"] - wanted[0] / wanted[1]) < 1e-3 and ranks["2"] == 0
-    assert 59984 < 6 * ranks["0"] + 16 * ranks["1"] <= 60000
-    three = plan(model, "neyman", 60000, [{"0": a, "1": c, "2": none}, {"0": b, "1": c, "2": none},
-                                          {"0": 3 * a, "1": c, "2": none}])  # G_a is now 2a: m 4, v (1 + 5 + 9) / 3
-    D[0] = math.sqrt(2 / 4) * 4 / math.sqrt(5)
-    assert abs(three["0"] / three["1"] - math.sqrt(D[0] / 6) / wanted[1]) < 1e-3
+    two = [{"0": a, "1": c, "2": none}, {"0": b, "1": c, "2": none}]
+    D = {"0": math.sqrt(2 / 4) * 2 / math.sqrt((1 + 5) / 2), "1": math.sqrt(2 / 9) * 7 * 9 / 3, "2": 0}  # row 1 of '0' disagrees: 0
+    assert savings(adapters(model), iter(two)) == pytest.approx(D)
+    three = [*two, {"0": 3 * a, "1": c, "2": none}]  # G_a is now 2a: m 4, v (1 + 5 + 9) / 3
+    assert savings(adapters(model), three) == pytest.approx(D | {"0": math.sqrt(2 / 4) * 4 / math.sqrt(5)})
+    weights = {name: math.sqrt(D[name] / cost) for name, cost in (("0", 6), ("1", 16), ("2", 2))}
+    for budget in (16, 60, 100):
+        assert plan(model, "neyman", budget, two) == apportion(weights, {"0": 6, "1": 16, "2": 2}, budget, {"0": 2, "1": 7, "2": 1})
+    fine = apportion(weights, {"0": 6, "1": 16, "2": 2}, 60000, dict.fromkeys("012", 10**4))
+    assert abs(fine["0"] / fine["1"] - weights["0"] / weights["1"]) < 1e-3 and fine["2"] == 0
+    assert 59984 < 6 * fine["0"] + 16 * fine["1"] <= 60000
+
+
+VALUES = {"conv": [3.0, 1.0, 2.0, 0.5], "mix": [4.0, 0.1, 0.2, 0.0], "head": [0.3, 0.2, 0.1]}
 
 
 @pytest.mark.parametrize("rule", PLANS)
@@ -718,16 +724,166 @@ def test_plans_respect_budget_and_capacity(rule):
     model = inject_into(small(), rank=0, capacity=4)
     gradients = batches(model, 4)
     previous = 0
-    for budget in (11, 27, 53, 80, 100, 150, 211, 212, 500):
-        ranks = plan(model, rule, budget, gradients)
+    for budget in (11, 27, 53, 80, 100, 150, 200, 201, 500):
+        ranks = plan(model, rule, budget, gradients, VALUES)
         spent = sum(selora.adapter_cost(v) * ranks[n] for n, v in adapters(model).items())
-        assert previous <= spent <= budget and all(0 <= r <= 4 for r in ranks.values())
+        assert spent <= budget and all(0 <= ranks[n] <= highest(v) for n, v in adapters(model).items())
+        assert spent >= previous or rule in ("random", "shuffled")
         previous = spent
-    assert set(ranks.values()) == {4} and min(plan(model, rule, 11, gradients).values()) == 0
-    set_ranks(model, plan(model, rule, 100, gradients))
+    assert ranks == dict(conv=4, mix=4, head=3) and min(plan(model, rule, 11, gradients, VALUES).values()) == 0  # no change of 8 by 3 has rank 4
+    set_ranks(model, plan(model, rule, 100, gradients, VALUES))
     assert 74 < selora.adapter_parameters(model) <= 100  # nothing that still fits is left over
     with pytest.raises(ValueError, match="10 parameters buys no rank: the cheapest costs 11"):
-        plan(model, rule, 10, gradients)
+        plan(model, rule, 10, gradients, VALUES)
+
+
+def wide(count=12):
+    """Layers of three costs, [count] in all, at rank 0."""
+    layers = [nn.Linear(8, 8 + 4 * (k % 3)) for k in range(count)]
+    return inject_into(nn.ModuleList(layers), rank=0, capacity=6)
+
+
+def test_uniform_is_equal_ranks_and_a_draw_for_the_rest():
+    model = wide()
+    costs = {name: selora.adapter_cost(v) for name, v in adapters(model).items()}
+    assert {*plan(model, "uniform", 2 * sum(costs.values())).values()} == {2}
+    drawn = [plan(model, "uniform", 2 * sum(costs.values()) + 75, seed=seed) for seed in (0, 0, 1, 2)]
+    assert drawn[0] == drawn[1] and len({str(ranks) for ranks in drawn}) > 1
+    for ranks in drawn:
+        spent = sum(costs[name] * rank for name, rank in ranks.items())
+        assert {*ranks.values()} == {2, 3} and 0 <= 2 * sum(costs.values()) + 75 - spent < min(costs.values())
+    uneven = [plan(model, "random", 2 * sum(costs.values()), seed=seed) for seed in (0, 0, 1)]
+    assert uneven[0] == uneven[1] != uneven[2] and max(uneven[0].values()) - min(uneven[0].values()) > 2
+
+
+def test_the_most_valued_components_by_parameter_are_taken_first():
+    # costs: conv 26, mix 16, head 11; worth: mix .25, conv .115 .077 .038 .019, head .027 .018 .009, mix .0125 .00625
+    model = inject_into(small(), rank=0, capacity=4)
+    ask = lambda budget, rule="probe-svd": list(plan(model, rule, budget, values=VALUES).values())
+    assert ask(16) == [0, 1, 0] and ask(42) == [1, 1, 0] and ask(68) == [2, 1, 0] and ask(94) == [3, 1, 0]
+    assert ask(79) == [2, 1, 1]  # conv's third does not fit and is passed over
+    assert ask(25) == [0, 1, 0] and ask(15) == [0, 0, 1]
+    assert ask(105, "oracle") == [3, 1, 1]
+    with pytest.raises(ValueError, match="layer 'mix' is in the model only"):
+        plan(model, "probe-svd", 50, values={"conv": [1.0], "head": [1.0]})
+
+
+def test_shuffled_keeps_the_ranks_of_each_cost():
+    model = wide()
+    values = {name: torch.rand(6).tolist() for name in adapters(model)}
+    budget = 700
+    ranks = plan(model, "probe-svd", budget, values=values)
+    others = [plan(model, "shuffled", budget, values=values, seed=seed) for seed in (0, 0, 1)]
+    assert others[0] == others[1] and len({str(each) for each in [ranks, *others]}) == 3
+    kinds = lambda ranks: sorted((selora.adapter_cost(v), ranks[name]) for name, v in adapters(model).items())
+    assert kinds(others[0]) == kinds(others[2]) == kinds(ranks) and len({*ranks.values()}) > 2
+
+
+def test_looks_open_a_budget_evenly_in_the_first_quarter():
+    class cfg:
+        steps, every, capacity = 300, 40, 8
+
+    model = wide()
+    for layer in adapters(model).values():
+        layer.rank = 1
+    ones = dict.fromkeys(adapters(model), 1)
+    cost = selora.adapter_parameters(model)
+    assert openings(cfg, Job("ratio", "ratio", 0, 1), model, ones) == dict.fromkeys(range(40, 300, 40))
+    for budget, looks in ((2 * cost, 4), (3 * cost, 8)):
+        found = openings(cfg, Job("r", "ratio", budget, 1), model, ones)
+        steps = list(found)
+        assert len(steps) >= looks and steps[-1] < 75 and len({b - a for a, b in zip(steps, steps[1:])}) == 1
+        share = [(allowed - cost) / (budget - cost) for allowed in found.values()]
+        assert share == pytest.approx([(k + 1) / len(steps) for k in range(len(steps))], abs=1e-2) and share[-1] == 1
+    history = [[0, ones], [7, ones | {"0": 2}], [30, ones | {"0": 2, "1": 3}]]
+    assert openings(cfg, Job("c", "random-grown", 0, 1, "r", history), model, ones) == {7: cost + 16, 30: cost + 16 + 2 * 20}
+    assert openings(cfg, Job("u", "uniform", cost), model, ones) == {}
+
+
+def test_a_probe_has_a_rank_to_spare():
+    class cfg:
+        steps, capacity = 300, 8
+
+    for budget, rank in ((100, 4), (300, 4), (420, 5), (700, 8), (10**6, 8)):
+        probe, steps = probe_of(cfg, Job("p", "probe-svd", budget), 100)
+        assert (probe.rank, steps, probe.rule) == (rank, 30, "probe")
+    assert probe_of(cfg, Job("o", "oracle", 100), 100)[1] == 300
+    model = inject_into(small(), rank=0)
+    assert start_of(model, Job("p", "probe", rank=4), 0) == dict(conv=4, mix=4, head=3)
+
+
+def trained(rank=3):
+    """A model whose adapters are away from zero, and losses of some batches of it."""
+    model = stirred(inject_into(small(), rank=0, capacity=4), rank)
+    data = [batch(6) for _ in range(4)]
+    return model, [lambda x=x: per_sample(model(x)).mean() for x in data]
+
+
+def test_components_are_the_singular_vectors_of_the_change():
+    """The rows, one by one, add up to what the adapter changed; they are orthogonal and fall in size."""
+    model, losses = trained()
+    before = {name: (layer.delta().detach().clone(), float(losses[0]())) for name, layer in adapters(model).items()}
+    waiting = {name: layer.A.detach().narrow(layer.axis, 3, 1).clone() for name, layer in adapters(model).items()}
+    to_components(model)
+    for name, layer in adapters(model).items():
+        delta, loss = before[name]
+        A = layer.A.detach().movedim(layer.axis, 0).flatten(1)  # [C,fan_in]
+        rows = [layer.scale * torch.outer(layer.B[j], A[j]) for j in range(3)]
+        assert torch.allclose(sum(rows), delta.flatten(1), atol=1e-12) and torch.allclose(layer.delta(), delta, atol=1e-12)
+        sigma = layer.scale * layer.B[:3].norm(dim=1)
+        assert torch.allclose(sigma, torch.linalg.svdvals(delta.flatten(1))[:3], atol=1e-10)
+        assert torch.allclose(A[:3] @ A[:3].T, torch.eye(3, dtype=A.dtype), atol=1e-12)
+        assert torch.equal(layer.A.narrow(layer.axis, 3, 1), waiting[name]) and layer.rank == 3 and not layer.B[3:].any()
+        assert abs(float(losses[0]()) - loss) < 1e-12
+
+
+def multiplied(model, loss):
+    """{layer: [r]} the gradient by a multiplier of each row, 1 now, by autograd."""
+    ones = {name: torch.ones(len(layer.B), 1, dtype=torch.float64, requires_grad=True) for name, layer in adapters(model).items()}
+    for name, layer in adapters(model).items():
+        layer.open_B = lambda layer=layer, m=ones[name]: m * layer.mask * layer.B
+    value = loss()
+    for layer in adapters(model).values():
+        del layer.open_B
+    found = torch.autograd.grad(value, [*ones.values()])
+    return {name: g.flatten() for name, g in zip(ones, found)}
+
+
+def test_information_is_that_of_a_multiplier_of_each_row():
+    model, losses = trained()
+    found = information(model, losses)
+    each = [multiplied(model, loss) for loss in losses]
+    for name, layer in adapters(model).items():
+        expected = sum(gradients[name] ** 2 for gradients in each) / len(each)
+        assert found[name] == pytest.approx(expected[:3].tolist(), rel=1e-9) and len(found[name]) == 3
+    assert len({round(value, 12) for values in found.values() for value in values}) == 9
+    with torch.no_grad():  # the same model in other words: A larger, B smaller
+        for k, layer in enumerate(adapters(model).values()):
+            factor = torch.linspace(0.1, 9, 4, dtype=torch.float64) * (k + 1)
+            layer.A.mul_(factor.reshape([-1 if d == layer.axis else 1 for d in range(layer.A.dim())]))
+            layer.B.div_(factor[:, None])
+    again = information(model, losses)
+    assert all(again[name] == pytest.approx(found[name], rel=1e-9) for name in found)
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_rises_are_differences_of_cut_models():
+    model, losses = trained()
+    to_components(model)
+    before = copy.deepcopy(model.state_dict())
+    found = rises(model, iter(losses))
+    mean = lambda: sum(float(loss()) for loss in losses) / len(losses)
+    for name, layer in adapters(model).items():
+        kept, at = layer.B.detach().clone(), [mean()]
+        for rank in (2, 1, 0):
+            with torch.no_grad():
+                layer.B[rank:] = 0
+            at.insert(0, mean())
+        with torch.no_grad():
+            layer.B.copy_(kept)
+        assert found[name] == pytest.approx([at[j] - at[j + 1] for j in range(3)], abs=1e-12)
+        assert sum(found[name]) == pytest.approx(at[0] - at[3], abs=1e-12)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_apportion():

@@ -8,9 +8,10 @@ Base, splits, batches, AdamW, warm-up and cosine are those of train_selora.py. I
 nn.Linear layers trains: vectors of words and convolutions stay frozen. Each row has its own rate, of the best loss on seed
 0's validation rows, from a grid that is widened at an edge. What starts at 0 decays by .01, what starts at random by none.
 
-AdaLoRA keeps as many singular triplets as uniform LoRA has ranks, from half as many more at the start; which layers they
-end in decides what they cost, so its parameters are those of the end. Its phases have about the shares of its paper: a
-tenth of the steps before pruning, half of them after it, one pruning in each hundredth between.
+neyman stays within the parameters of uniform LoRA. So does probe-svd, and its probe is charged a tenth of the steps; while
+it probes, every layer has rank 4, or a rank more than uniform LoRA. AdaLoRA keeps as many singular triplets as uniform LoRA has
+ranks, from half as many more at the start; which layers they end in decides what they cost. Its phases have about the
+shares of its paper: a tenth of the steps before pruning, half of them after it, one pruning in each hundredth between.
 """
 
 import re
@@ -52,7 +53,8 @@ class Config:
     source: Path | None = None  # Study file that the base is pretrained on; default: phantoms of the source domain.
     synthetic_notes: bool = False  # Attach templated notes to files that have none.
     ranks: tuple[int, ...] = (2,)  # Budgets: what uniform LoRA of these ranks costs.
-    rows: tuple[str, ...] = ("uniform", "neyman", "probe-svd", "peft-lora", "adalora")  # The first is what the others are compared with.
+    # The first is what the others are compared with.
+    rows: tuple[str, ...] = ("uniform", "neyman", "probe-svd", "peft-lora", "adalora")
     seeds: Positive = 10  # Runs of each row; a seed sets split, initial adapter and batches.
     steps: Positive = 300  # Adaptation steps.
     batch: Positive = 32  # Samples per step.
@@ -266,27 +268,23 @@ def table(results, unadapted):
     for rank, rows in results.items():
         for name, row in rows.items():
             counts = f"{np.mean(row['parameters']):,.0f} | {np.mean(row['trained']):,.0f}"
-            edge = ", at the edge" if str(row["rate"]) in edges(row) else ""
+            tried = [*map(float, row["tried"])]
+            edge = ", at the edge" if row["rate"] in (min(tried), max(tried)) else ""
             seconds = f"{np.mean(row['seconds']):.0f}"
             title = f"{TITLES.get(name, name)}, r{rank}"
             loss = metrics.spread(scaled(row["test"]), 0)
             yield f"| {title} | {loss} | {counts} | {row['rate']:g}{edge} | {seconds} |"
 
 
-def edges(row):
-    """The lowest and the highest rate that were tried."""
-    tried = sorted(map(float, row["tried"]))
-    return str(tried[0]), str(tried[-1])
-
-
 def sentences(results):
     """What paired differences to the first row show."""
+    yield "Differences of held-out loss x 1e5 on the test rows; below 0 is better."
     for rank, rows in results.items():
         first, *others = rows
         for name in others:
             titles = [f"{TITLES.get(row, row)} r{rank}" for row in (name, first)]
             losses = [scaled(rows[row]["test"]) for row in (name, first)]
-            yield metrics.verdict(*losses, titles, " x 1e-5", less=True, digits=0)
+            yield metrics.verdict(*losses, titles, less=True, digits=0)
 
 
 # ---- main
