@@ -63,10 +63,10 @@ class Config:
     synthetic_notes: bool = False  # Attach templated notes to files that have none.
     # Runs per rule; a seed sets split, initial adapter and batches.
     seeds: Positive = 3
-    # How ranks are found. They grow by ratio (the paper's) or gain; a plan of neyman or probe-svd,
-    # which a tenth of the steps go to, has all open from the start; fixed (--rank in every layer)
-    # and uniform (equal ranks at --budget) are plain LoRA; replay takes another run's. The controls
-    # are inverse-cost, random, random-grown, cheapest.
+    # How ranks are found. ratio (the paper's) and gain let them grow; neyman and probe-svd, to which
+    # a tenth of the steps goes, plan them before; fixed (--rank in every layer) and uniform (equal
+    # ranks at --budget) are plain LoRA; replay takes another run's. Controls: inverse-cost, random,
+    # random-grown, cheapest.
     rule: str = "ratio"
     lam: float = 1.3  # `ratio`: a layer grows where its FI-Ratio is at least this.
     every: Positive = 40  # Steps between two probes.
@@ -93,14 +93,15 @@ class Config:
     table: Path | None = None
     # Run every rule at each of --budgets, with the judge's guidance 0 left out, and compare them.
     rules_table: bool = False
-    # Budgets of --rules-table, as the uniform rank that costs as much.
-    budgets: tuple[int, ...] = (1, 2, 3)
+    # Budgets of --rules-table, as the uniform rank that costs as much; 0: what ratio costs without one.
+    budgets: tuple[int, ...] = (1, 2, 3, 0)
     rows: tuple[str, ...] = ()  # Rules that --rules-table is restricted to; default: all.
     steps: Positive = 900  # Adaptation steps.
     batch: Positive = 32  # Samples per step.
     # A peak learning rate for all rules, or RULE:RATE for some and `full`; default: the best of
     # 0.003, 0.01, 0.03 (full: a tenth) by the loss of seed 0's validation rows, and of more at an
-    # edge. With B = 0 Adam's first step is proportional to rank x scale x rate: ranks share no best.
+    # edge. With B = 0 a layer's first step of Adam is proportional to rank x scale x rate, so what
+    # is best depends on the ranks.
     lr: tuple[str, ...] = ()
     image_size: Positive = 32  # Images are resized to this.
     factor: Positive = 2  # Image size over latent size, a power of two.
@@ -195,7 +196,7 @@ def adapt(cfg, pairs, model, job, seed, lr, train, log, stop):
                 counts=lambda: {"adapter_params": selora.adapter_parameters(model)})
     history = loop.kept.setdefault("history", [[0, ranks_of(model)]])
     openings = ranks.openings(cfg, job, model, history[0][1])  # {step: parameters allowed}
-    rule = job.rule.removesuffix("-grown")
+    rule = job.rule.removesuffix("-grown")  # as `grow` calls it
     for step in loop:  # goes on where a stopped run was
         batch = pairs.batch_at(seed, step, train, cfg.batch)
         rows, t, noise, words = (own_part(x, cfg.batch) for x in batch)  # this process's part

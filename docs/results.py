@@ -90,12 +90,17 @@ FILL = ("--absent", "fill")
 LABEL = (*FILL, "--missing", "label:0.7", "--test-missing", "any:0.7", "label:0.7")
 PNEUMONIA = ("--data", "{data}/pneumoniamnist.npz", "--synthetic-notes")
 COVID = ("--data", "{data}/covid_cxr.npz", "--steps", "200")
-RULES = ("--rules-table", *TEN)
 
 
 def published(name, command, *needs):
     """A result of one training command."""
     return Published(name, [command], f"{name}/metrics.json", needs)
+
+
+def ranks(name, judge, *settings):
+    """A rules table of one budget, at 10 seeds."""
+    command = selora(name, "--rules-table", *TEN, "--steps", "300", "--judge", f"{RUNS}/{judge}", *settings)
+    return published(name, command, judge)
 
 
 PUBLISHED = [
@@ -107,12 +112,8 @@ PUBLISHED = [
     published("mora-pneumonia", mora("mora-pneumonia", *TEN, *PNEUMONIA)),
     published("mora-covid", mora("mora-covid", *TEN, *COVID)),
     published("selora-phantoms", selora("selora-phantoms", "--seeds", "6", "--judge", f"{RUNS}/judge"), "judge"),
-    published("ranks-phantoms", selora("ranks-phantoms", *RULES, "--steps", "300", "--judge", f"{RUNS}/judge"), "judge"),
-    published(
-        "ranks-xrays",
-        selora("ranks-xrays", *RULES, *XRAYS, "--steps", "300", "--judge", f"{RUNS}/judge-xrays"),
-        "judge-xrays",
-    ),
+    *(ranks(f"ranks-phantoms-{budget}", "judge", "--budgets", budget) for budget in "1230"),
+    *(ranks(f"ranks-xrays-{budget}", "judge-xrays", "--budgets", budget, *XRAYS) for budget in "1230"),
     published("scarce-none", mora("scarce-none", *SCARCE)),
     Published("scarce-generator", [selora("scarce-generator", *SMALL, "--train-share", "0.1", *TEN,
                                           "--table", f"{RUNS}/scarce-none")], needs=("scarce-none",)),
@@ -463,6 +464,7 @@ SCARCE_TEXT = """A tenth of the training samples of 4,000 phantoms, 70% of which
 studies more. Each takes the words and the label of a training sample whose words the missing table left. The generator was
 adapted at each seed to pairs that the table left whole, and to nothing else."""
 
+BUDGETS = {str(k): f"at what rank {k} in every layer costs" for k in (1, 2, 3)} | {"0": "without a budget"}
 PARTS = [
     ("MoRA", [
         ("mora-phantoms", "Phantoms (synthetic), image and report", mora_section),
@@ -474,8 +476,8 @@ PARTS = [
     ("SeLoRA", [
         ("selora-phantoms", "Phantoms (synthetic)", selora_section),
         ("selora-xrays", "X-rays drawn from their notes", selora_section),
-        ("ranks-phantoms", "Which ranks: phantoms", selora_section),
-        ("ranks-xrays", "Which ranks: X-rays", selora_section),
+        *((f"ranks-phantoms-{k}", f"Which ranks: phantoms, {title}", selora_section) for k, title in BUDGETS.items()),
+        *((f"ranks-xrays-{k}", f"Which ranks: X-rays, {title}", selora_section) for k, title in BUDGETS.items()),
     ]),
 ]  # fmt: skip
 FILLED = {
@@ -549,9 +551,9 @@ def ranks_block(results):
     """Each rule's loss minus that of uniform ranks, for each study and budget."""
     columns = {}  # {(study, budget): {rule: losses x 1e5}}
     for name, title in RANKS.items():
-        if name in results:
-            methods = results[name]["result"]["methods"]
-            for budget in ("r1", "r2", "r3"):
+        for budget in ("r1", "r2", "r3"):
+            if f"{name}-{budget[1]}" in results:
+                methods = results[f"{name}-{budget[1]}"]["result"]["methods"]
                 rows = {rule: methods.get(f"{rule} {budget}") for rule in ("uniform", *RANKS_SHOWN)}
                 columns[title, budget] = {k: np.array(v["heldout_loss"]) * 1e5 for k, v in rows.items() if v}
     if not columns:

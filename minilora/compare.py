@@ -58,30 +58,24 @@ def compare(diagnoser, cases, study, rows, split, drawn, without):
     """({row of the table: probabilities [n,C]}, [why a row is missing, ...]) for n samples whose
     images were withheld.
 
-    rows [n]: which they are of the study; split: what a run's split-sN.npz holds, or None; drawn
-    [16 or more,n,C]: with each drawn image; without [n,C]: before anything is drawn, or None."""
-    answers = {}
+    rows [n]: which they are of the study; split: what a run's split-sN.npz holds; drawn [16 or
+    more,n,C]: with each drawn image; without [n,C]: before anything is drawn."""
+    answers = {BEFORE[diagnoser.fills]: without}
     reasons = []
-    if without is not None:
-        answers[BEFORE[diagnoser.fills]] = without
-    if split is None:
-        reasons.append("no images of other patients: --split RUN/split-sN.npz says which were "
-                       "trained on")
-    else:
-        pool = training_images(study, split)  # [P]
-        first = study.labels[pool, 0] == 1 if study.multilabel else study.labels[pool] == 0
-        groups = data.groups(study)
-        one_class = class_row(study)
-        for kind, members, counts in (("random", pool, SHOWN), (one_class, pool[first], (MOST,))):
-            chosen = of_others(groups, members, rows)
-            if chosen is None:
-                what = "image" if kind == "random" else f"image of '{study.class_names[0]}'"
-                reasons.append(f"no training {what} of another patient is left by the missing table")
-                continue
-            each = []
-            for column in chosen.T:
-                each.append(cases.with_images(study.images[column]).predict(diagnoser))
-            answers |= averaged(kind, each, counts)
+    pool = training_images(study, split)  # [P]
+    first = study.labels[pool, 0] == 1 if study.multilabel else study.labels[pool] == 0
+    groups = data.groups(study)
+    one_class = class_row(study)
+    for kind, members, counts in (("random", pool, SHOWN), (one_class, pool[first], (MOST,))):
+        chosen = of_others(groups, members, rows)
+        if chosen is None:
+            what = "image" if kind == "random" else f"image of {one_class}"
+            reasons.append(f"no training {what} of another patient is left by the missing table")
+            continue
+        each = []
+        for column in chosen.T:
+            each.append(cases.with_images(study.images[column]).predict(diagnoser))
+        answers |= averaged(kind, each, counts)
     answers |= averaged("drawn", drawn, SHOWN)
     answers["true image"] = cases.with_images(study.images[rows], own=True).predict(diagnoser)
     return answers, reasons

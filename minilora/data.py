@@ -25,7 +25,7 @@ from minilora import prepare
 # Names that a numeric modality cannot take: they mean something in files, graphs or missing tables.
 RESERVED = (
     "image", "images", "note", "notes", "present", "mask", "any", "both", "label",
-    "logits", "probabilities", "labels", "prepared", "report",
+    "logits", "probabilities", "labels", "prepared", "report", "filled",
 )  # fmt: skip
 FITS = ("squeeze", "crop", "pad")  # how an image becomes square, see `square`
 

@@ -13,7 +13,7 @@ import torch
 
 from minilora import checkpoint, rates
 from minilora.data import refusing
-from minilora.selora import GROWTH, adapter_cost, adapters, check_names, inject
+from minilora.selora import adapter_cost, adapters, check_names, inject
 
 # Rules of `plan`, asked once, before the first step; the last three read the values of components.
 PLANS = ("uniform", "random", "inverse-cost", "neyman", "probe-svd", "shuffled", "oracle")
@@ -195,7 +195,7 @@ def set_ranks(model, ranks):
 
 # ---- the rules of a run of train_selora.py, whose configuration `cfg` is
 
-# `random-grown` adds ranks to random layers early in training, `fixed` has --rank everywhere.
+# `random-grown` adds ranks to random layers early in training; `fixed` has --rank everywhere.
 GROWING = ("ratio", "gain", "random-grown", "cheapest")
 RULES = (*GROWING, *PLANS, "fixed", "replay")
 CONTROLS = ("shuffled", "oracle")  # in --rules-table only
@@ -225,8 +225,8 @@ class Job:
 
 def jobs_of(cfg, cost):
     """What to run at each seed: the rule between its references, or for --rules-table every rule at
-    the budgets of some uniform ranks (`cost`: rank 1 in every layer), and the paper's `ratio`
-    without a budget, with its controls at what it came to cost."""
+    the budgets of some uniform ranks (`cost`: rank 1 in every layer). The budget 0 stands for the
+    paper's `ratio` without one, with its controls at what it came to cost, and full fine-tuning."""
     unadapted = Job("unadapted", "unadapted")
     full = Job("full", "full")
     if not cfg.rules_table:
@@ -234,16 +234,18 @@ def jobs_of(cfg, cost):
         return [unadapted, Job(cfg.rule, cfg.rule, budget, cfg.rank), full]
     jobs = []
     for rank in cfg.budgets:
+        if not rank:
+            jobs.append(Job("ratio", "ratio", rank=1))
+            jobs += [Job(f"{rule} as ratio", rule, rank=1, of="ratio") for rule in AS_RATIO]
+            continue
         jobs += [Job(f"{rule} r{rank}", rule, rank * cost) for rule in PLANNED]
         if rank > 1:
             ratio = Job(f"ratio r{rank}", "ratio", rank * cost, 1)
             jobs.append(ratio)
             jobs += [Job(f"{rule} r{rank}", rule, rank=1, of=ratio.name) for rule in GROWN[1:]]
-    jobs.append(Job("ratio", "ratio", rank=1))
-    jobs += [Job(f"{rule} as ratio", rule, rank=1, of="ratio") for rule in AS_RATIO]
     if cfg.rows:
         jobs = [job for job in jobs if job.rule in cfg.rows and (not job.of or "ratio" in cfg.rows)]
-    return [unadapted, full, *jobs]
+    return [unadapted, *([full] if 0 in cfg.budgets else []), *jobs]
 
 
 def completed(cfg, job, seed, replay):
@@ -377,7 +379,8 @@ def pick_rate(cfg, jobs, rule, train):
         if lr != best and other.exists():
             checkpoint.drop_weights(other)
     losses = {lr: -score for lr, score in scores.items()}
-    print(f"{job.name}: learning rate {rates.described(best, losses)}, picked by the validation loss of seed 0")
+    print(f"{job.name}: learning rate by the loss on the validation rows at seed 0: "
+          f"{rates.described(best, losses)}")
     return best, losses
 
 
@@ -416,8 +419,8 @@ def check_rules(cfg):
 def check_table(cfg):
     """ValueError where the rows of --rules-table cannot be made."""
     budgets = cfg.budgets
-    if not budgets or len({*budgets}) < len(budgets) or min(budgets) < 1:
-        raise ValueError(f"--budgets {budgets} must name ranks of at least 1, none twice")
+    if not budgets or len({*budgets}) < len(budgets) or min(budgets) < 0:
+        raise ValueError(f"--budgets {budgets} must name ranks, or 0, none twice")
     if max(budgets) > cfg.capacity:
         raise ValueError(f"--budgets has rank {max(budgets)}; --capacity is {cfg.capacity}")
     known = {*PLANNED, *GROWN}

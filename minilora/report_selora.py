@@ -113,11 +113,12 @@ def selora_table(content, timings):
     header += "".join(f"{c:>10s}" for c in columns)
     title = f"{content['data']}, {data.origin(content)}; held-out denoising loss x 1e5"
     lines = ["", f"{title}, seeds: {len(content['seeds'])}", header]
-    unadapted, full = (np.array(content["methods"][k]["heldout_loss"]) for k in REFERENCES)
+    references = [content["methods"].get(name, {}).get("heldout_loss") for name in REFERENCES]
+    unadapted, full = map(np.array, references)
     for name, method in content["methods"].items():
         loss = np.array(method["heldout_loss"])
         closed = "-"
-        if (full < unadapted).all():
+        if references[1] and (full < unadapted).all():
             closed = f"{(unadapted - loss).mean() / (unadapted - full).mean():.0%}"
         parameters = spent(method)
         runs = [f"{name}-s{s}-{method['lr']:g}" for s in content["seeds"]]
@@ -231,7 +232,7 @@ def table_conclusion(content):
         lines.append(
             "ratio starts at rank 1 in every layer, so at that budget it is uniform: it has no row."
         )
-    endings = [f" r{rank}" for rank in content["budgets"]] + [" as ratio"]
+    endings = [f" r{rank}" if rank else " as ratio" for rank in content["budgets"]]
     for ending in endings:
         rows = {name.removesuffix(ending): name for name in methods if name.endswith(ending)}
         if ending == " as ratio" and "ratio" in methods:

@@ -40,7 +40,8 @@ class LoRALayer(nn.Module):
     A waiting row of B is zero and gets no gradient, so growth changes the output by exactly 0, no
     shape changes, and the optimizer keeps its state. The scale is constant: an alpha / r would move
     the output at each growth. Adam counts steps per tensor, so the first step of a row that opens
-    late is up to .1 / sqrt(.001) = 3.2 learning rates long."""
+    late is up to .1 / sqrt(.001) = 3.2 learning rates long. With B = 0 the first step of a layer changes
+    its output in proportion to rank times scale times learning rate."""
 
     def __init__(self, base, rank=1, capacity=8, scale=2.0):
         super().__init__()

@@ -446,7 +446,8 @@ class Diagnoser:
         given = {"image": images, "note": notes, **numeric}
         given = {name: values for name, values in given.items() if values is not None}
         for name, values in given.items():
-            if isinstance(values, (str, bytes, dict)) or not hasattr(values, "__len__"):
+            single = not hasattr(values, "__len__") or getattr(values, "ndim", 1) == 0
+            if single or isinstance(values, (str, bytes, dict)):
                 raise Refused(
                     f"{name} is one {type(values).__name__}; give a list, one item per sample"
                 )

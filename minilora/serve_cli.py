@@ -473,8 +473,8 @@ class Drawing:
 
     def fill(self, cases, rows, without):
         """(probabilities [n,C] with drawn images, what the comparison with other images gave or
-        None) of n rows that have words and lack their image; without [n,C]: as they are. Where the
-        file has the images that were withheld, the comparison is printed."""
+        None) of n rows that have words and lack their image; without [n,C]: as they are, None
+        without a split. Where the file has images that were withheld, the comparison is printed."""
         args = self.args
         synthesizer = Synthesizer(args.synthesizer, args.device)
         compare_origins(synthesizer.manifest, self.diagnoser.manifest)
@@ -490,10 +490,12 @@ class Drawing:
         each = fill_in(self.diagnoser, synthesizer, notes, values, *drawing)  # [draws,n,C]
         comparison = None
         if withheld.any():
-            if without is not None:
-                without = without[withheld]
             part = cases.take(withheld)
-            comparison = self.compare(part, rows[withheld], each[:, withheld], without)
+            chosen = rows[withheld]
+            comparison = self.compare(part, chosen, each[:, withheld], without[withheld])
+        else:
+            print("no labelled sample's image was withheld, so drawn images are compared with none; "
+                  "--split RUN/split-sN.npz --missing TYPE:RATE withholds some")
         return each[: args.draws].mean(0), comparison
 
     def compare(self, cases, rows, each, without):

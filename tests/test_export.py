@@ -461,7 +461,7 @@ REQUESTS = [({"images": [GREY.astype(np.float32)]}, "image of sample 0 is float3
             ({"images": [GREY, None], "notes": ["a", " "]}, "sample 1 has nothing"), ({}, "no modality"), ({"notes": []}, "note 0"),
             ({"images": [GREY], "notes": ["a", "b"]}, "image 1, note 2"), ({"sound": [[1.0]]}, "'sound' is not of this model"),
             ({"vitals": [[1.0, 2.0]]}, "need 3 finite numbers"), ({"vitals": [[1, 2, float("inf")]]}, "need 3 finite"),
-            ({"notes": "fever"}, "note is one str; give a list"), ({"vitals": [{"fever": 1}]}, "column 'fever' is not known"), ({"vitals": [["a", "b", "c"]]}, "temperature is 'a', which is no number")]  # fmt: skip
+            ({"notes": "fever"}, "note is one str; give a list"), ({"images": np.array(5)}, "image is one ndarray; give a list"), ({"vitals": [{"fever": 1}]}, "column 'fever' is not known"), ({"vitals": [["a", "b", "c"]]}, "temperature is 'a', which is no number")]  # fmt: skip
 
 
 @pytest.mark.parametrize("request_,words", REQUESTS, ids=[w for _, w in REQUESTS])

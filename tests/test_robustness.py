@@ -121,7 +121,7 @@ def loaders(folder):
     found = {f"mora/onnx/{p.name}": opened("mora/onnx", serve.Diagnoser) for p in (folder / "mora/onnx").iterdir()}
     found |= {f"{name}/{p.name}": opened(name, serve.Synthesizer) for name in ("draw/onnx", "swap") for p in (folder / name).iterdir()}
     found |= {"mora/model.pt": lambda: checkpoint.load(folder / "mora/model.pt", "mora"), "draw/model.pt": lambda: checkpoint.load(folder / "draw/model.pt", "selora"),
-              "study.npz": lambda: studied(folder), "mora/split-s0.npz": lambda: serve_cli.chosen_rows(phantoms, split),
+              "study.npz": lambda: studied(folder), "mora/split-s0.npz": lambda: serve_cli.chosen_rows(phantoms, serve_cli.read_split(phantoms, split), split),
               "mora/config.json": lambda: configured(folder / "mora")}  # fmt: skip
     for p in (folder / "mora/adapters").glob("*.pt"):
         found[f"mora/adapters/{p.name}"] = lambda p=p: checkpoint.load(p, "mora adapter", f"{p.stem}-0.01")
@@ -352,7 +352,8 @@ def test_odd_requests_are_answered_or_refused(built, capsys):
         n = chance.choice([0, 1, 1, 1, 2, 3, 300])
         if k % 4:
             request = {"images": some(IMAGES, n), "notes": some(NOTES, n), "vitals": some(VITALS, n), "sound": [1]}
-            request = {key: chance.choice([v] * 20 + [None, v[1:], 5, "x"]) for key, v in request.items() if chance.random() < (0.02 if key == "sound" else 0.7)}
+            request["filled"] = some([set(), [], {"image"}, ["note", "vitals"], {"sound"}, "image", None, [5], [[]]], n)
+            request = {key: chance.choice([v] * 20 + [None, v[1:], 5, "x"]) for key, v in request.items() if chance.random() < (0.02 if key == "sound" else 0.3 if key == "filled" else 0.7)}
             call = lambda request=request: diagnoser.predict(**request)
             counts[answered(call, probabilities)] += 1
         else:
@@ -388,7 +389,7 @@ def test_odd_command_lines_end_in_one_line(built, tmp_path, monkeypatch, capsys)
     for _ in range(400 if LONG else 80):
         module, commands = chance.choice([(export, ["mora", "selora", "check", "predict", "sample", "peft"]), (serve_cli, ["check", "predict", "sample"]), (studies, ["inspect", "from-csv"])])
         line = [chance.choice(commands), chance.choice(folders if module is not studies else ["b/study.npz", "b", "b/mora/config.json", *odd])]
-        for flag in chance.sample(["--note", "--image", "--data", "--split", "--missing", "--out", "--n", "--seed", "--steps", "--guidance", "--adapter", "--temperature", "--device", "--size", "--format", "--method"], 2):
+        for flag in chance.sample(["--note", "--image", "--filled", "--data", "--split", "--missing", "--out", "--n", "--seed", "--steps", "--guidance", "--adapter", "--temperature", "--device", "--size", "--format", "--method"], 2):
             line += [flag, chance.choice(["grey.npy", "fever", "p.csv", "1", "2", "cpu", *odd])]
         if line[0] in ("mora", "selora", "peft") and chance.random() < 0.8:
             line[1] = chance.choice(["b", "nowhere", "grey.npy"])  # a whole export takes a second

@@ -393,7 +393,7 @@ def test_rows_that_cannot_be_compared_are_said(drawn, tiny, tmp_path, monkeypatc
     common = ["predict", str(run / "onnx"), "--synthesizer", str(drawn / "neyman/onnx"), "--steps", "1", "--draws", "1", "--scores", "s.json"]
     serve_cli.main([*common, "--data", "s.npz"])
     said = capsys.readouterr().out
-    assert "withheld" not in said and "drawn image 20" in said and json.loads(open("s.json").read())["filled_in"] is None
+    assert "no labelled sample's image was withheld, so drawn images are compared with none; --split" in said and "drawn image 20" in said and json.loads(open("s.json").read())["filled_in"] is None
     split = data.read_npz(run / "split-s0.npz")
     key = next(k for k in split if k.startswith("present "))
     split[key][split["train"][s.labels[split["train"]] != 2], 0] = False

@@ -158,7 +158,7 @@ FEW_COSTS = [selora.adapter_cost(layer) for name, layer in selora.adapters(TINY_
 def test_the_rules_table_compares_at_equal_parameters(tmp_path, monkeypatch, capsys):
     """Plans spend a budget to within the cheapest layer; growth never exceeds it; controls open what their row opened, at its steps."""
     monkeypatch.chdir(tmp_path)
-    train_selora.main([*TINY, *TABLE, "--budgets", "1", "3", "--out", "r"])
+    train_selora.main([*TINY, *TABLE, "--budgets", "1", "3", "0", "--out", "r"])
     content = json.loads((tmp_path / "r/metrics.json").read_text())
     methods = content["methods"]
     params = {name: m["adapter_params"][0] for name, m in methods.items()}
@@ -280,7 +280,7 @@ def test_the_table_has_one_rate_a_rule(tmp_path, monkeypatch):
     argv = [arg for arg in TINY if arg not in ("0.01", "full:0.001")]
     argv.insert(argv.index("--lr") + 1, "full:0.001")
     monkeypatch.setattr(train_selora.ranks, "GRID", (0.01,))
-    train_selora.main([*argv, *TABLE, "--rows", "uniform", "ratio", "probe-svd", "shuffled", "--budgets", "1", "2", "--out", "r"])
+    train_selora.main([*argv, *TABLE, "--rows", "uniform", "ratio", "probe-svd", "shuffled", "--budgets", "1", "2", "0", "--out", "r"])
     methods = json.loads((tmp_path / "r/metrics.json").read_text())["methods"]
     assert {path.name.rpartition("-")[0] for path in (tmp_path / "r/picks").iterdir()} == {"uniform-r2", "ratio-r2", "probe-svd-r2", "shuffled-r2"}
     for rule in ("uniform", "ratio", "probe-svd", "shuffled"):
