@@ -69,7 +69,8 @@ class Config:
     # Of head (the baseline of every difference), lora, mora, mora-open, mora-shuffled, mora-all,
     # prompt, full.
     methods: tuple[str, ...] = ("head", "lora", "mora", "mora-open", "full")
-    # Runs per method; a seed sets split, missing table, initial adapter and batches.
+    # Runs per method; a seed sets split, missing table, initial adapter and batches. --resume may
+    # add seeds.
     seeds: Positive = 3
     # TYPE:RATE for training and validation; TYPE is a modality that is lost, `any`, `both` (any of
     # two), or `label`: the label says which one is lost, which no model should come to rely on.

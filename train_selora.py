@@ -61,7 +61,7 @@ class Config:
     # Study file that the base is pretrained on; default: phantoms of the source domain.
     source: Path | None = None
     synthetic_notes: bool = False  # Attach templated notes to files that have none.
-    # Runs per rule; a seed sets split, initial adapter and batches.
+    # Runs per rule; a seed sets split, initial adapter and batches. --resume may add seeds.
     seeds: Positive = 3
     # How ranks are found. ratio (the paper's) and gain let them grow; neyman and probe-svd, to which
     # a tenth of the steps goes, plan them before; fixed (--rank in every layer) and uniform (equal

@@ -55,6 +55,7 @@ def selora(name, *settings):
 
 
 TEN = ("--seeds", "10")
+RANK_SEEDS = TEN
 SMALL = ("--phantoms", "4000")
 SCARCE = (*SMALL, "--train-share", "0.1", "--methods", "mora", "full", *TEN)
 JUDGE = [
@@ -98,8 +99,9 @@ def published(name, command, *needs):
 
 
 def ranks(name, judge, *settings):
-    """A rules table of one budget, at 10 seeds."""
-    command = selora(name, "--rules-table", *TEN, "--steps", "300", "--judge", f"{RUNS}/{judge}", *settings)
+    """A table of rules at equal parameters."""
+    sizes = ("--width", "32", "--steps", "300", "--judge", f"{RUNS}/{judge}")
+    command = selora(name, "--rules-table", *RANK_SEEDS, *sizes, *settings)
     return published(name, command, judge)
 
 
@@ -112,8 +114,8 @@ PUBLISHED = [
     published("mora-pneumonia", mora("mora-pneumonia", *TEN, *PNEUMONIA)),
     published("mora-covid", mora("mora-covid", *TEN, *COVID)),
     published("selora-phantoms", selora("selora-phantoms", "--seeds", "6", "--judge", f"{RUNS}/judge"), "judge"),
-    *(ranks(f"ranks-phantoms-{budget}", "judge", "--budgets", budget) for budget in "1230"),
-    *(ranks(f"ranks-xrays-{budget}", "judge-xrays", "--budgets", budget, *XRAYS) for budget in "1230"),
+    ranks("ranks-phantoms", "judge"),
+    ranks("ranks-xrays", "judge-xrays", *XRAYS),
     published("scarce-none", mora("scarce-none", *SCARCE)),
     Published("scarce-generator", [selora("scarce-generator", *SMALL, "--train-share", "0.1", *TEN,
                                           "--table", f"{RUNS}/scarce-none")], needs=("scarce-none",)),
@@ -169,6 +171,12 @@ def kept(value):
     return value
 
 
+def seconds_of(command):
+    """What a training command took, over all its sittings: the sum of its runs."""
+    path = Path(command[command.index("--out") + 1] if "--out" in command else "") / "timings.json"
+    return sum(json.loads(path.read_text()).values()) if path.is_file() else 0
+
+
 def run_one(one, settings):
     """Run the commands of a result and keep its numbers; returns a line that says how it went."""
     target = FOLDER / f"{one.name}.json"
@@ -194,7 +202,7 @@ def run_one(one, settings):
             "commands": [shown(command) for command in one.commands],
             "version": version(),
             "machine": machine(),
-            "seconds of the last sitting": round(time.monotonic() - started),
+            "training seconds": round(sum(seconds_of(command) for command in one.commands)),
             "result": kept(json.loads((RUNS / one.file).read_text())),
         }
         data.write_atomic(target, json.dumps(content, indent=1) + "\n")
@@ -293,7 +301,8 @@ def about(content):
     yield from content["commands"]
     yield "```"
     yield ""
-    yield f"*{content['version']}; {content['machine']}.*"
+    seconds = content["training seconds"]
+    yield f"*{content['version']}; {content['machine']}; {seconds / 60:,.0f} minutes of training.*"
     yield ""
 
 
@@ -464,7 +473,6 @@ SCARCE_TEXT = """A tenth of the training samples of 4,000 phantoms, 70% of which
 studies more. Each takes the words and the label of a training sample whose words the missing table left. The generator was
 adapted at each seed to pairs that the table left whole, and to nothing else."""
 
-BUDGETS = {str(k): f"at what rank {k} in every layer costs" for k in (1, 2, 3)} | {"0": "without a budget"}
 PARTS = [
     ("MoRA", [
         ("mora-phantoms", "Phantoms (synthetic), image and report", mora_section),
@@ -476,8 +484,8 @@ PARTS = [
     ("SeLoRA", [
         ("selora-phantoms", "Phantoms (synthetic)", selora_section),
         ("selora-xrays", "X-rays drawn from their notes", selora_section),
-        *((f"ranks-phantoms-{k}", f"Which ranks: phantoms, {title}", selora_section) for k, title in BUDGETS.items()),
-        *((f"ranks-xrays-{k}", f"Which ranks: X-rays, {title}", selora_section) for k, title in BUDGETS.items()),
+        ("ranks-phantoms", "Which ranks: phantoms", selora_section),
+        ("ranks-xrays", "Which ranks: X-rays", selora_section),
     ]),
 ]  # fmt: skip
 FILLED = {
@@ -552,8 +560,8 @@ def ranks_block(results):
     columns = {}  # {(study, budget): {rule: losses x 1e5}}
     for name, title in RANKS.items():
         for budget in ("r1", "r2", "r3"):
-            if f"{name}-{budget[1]}" in results:
-                methods = results[f"{name}-{budget[1]}"]["result"]["methods"]
+            if name in results:
+                methods = results[name]["result"]["methods"]
                 rows = {rule: methods.get(f"{rule} {budget}") for rule in ("uniform", *RANKS_SHOWN)}
                 columns[title, budget] = {k: np.array(v["heldout_loss"]) * 1e5 for k, v in rows.items() if v}
     if not columns:

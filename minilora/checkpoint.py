@@ -413,7 +413,7 @@ def identity_of(cfg):
 
 def open_run(cfg):
     """Make the run folder `cfg.out`, or go on in it; returns what config.json holds, the run's
-    identity.
+    identity. A run may go on with more seeds than it had.
 
     `Refused` if the folder holds another configuration, or the same one and `cfg.resume` is off."""
     identity = identity_of(cfg)
@@ -429,7 +429,8 @@ def open_run(cfg):
         return identity
     keys = [k for k in {**identity, **before} if identity.get(k) != before.get(k)]
     keys = [k for k in keys if k not in RETIRED]
-    if keys:
+    more = keys == ["seeds"] and type(before["seeds"]) is int and cfg.seeds > before["seeds"]
+    if keys and not more:
         differs = ", ".join(f"{k} {before.get(k)} there, {identity.get(k)} here" for k in keys[:3])
         raise Refused(
             f"{cfg.out} holds a run of another configuration ({differs}, says {path}); choose another --out"
@@ -438,6 +439,9 @@ def open_run(cfg):
         raise Refused(
             f"{cfg.out} holds this run already; go on with --resume, or choose another --out"
         )
+    wait()  # all have read what rank 0 writes anew
+    if more:
+        write_json(path, identity)
     return identity
 
 

@@ -84,6 +84,19 @@ def test_same_seed_same_bytes_and_resume_shows_it_again(tmp_path, monkeypatch, c
     assert "MoRA" in capsys.readouterr().out and files(tmp_path / "one", *names) == files(tmp_path / "two", *names)
 
 
+def test_seeds_can_be_added_to_a_finished_run(tmp_path, monkeypatch, refused):
+    argv = [arg for arg in SHORT if arg not in ("--seeds", "1")]
+    train_mora.main([*argv, "--seeds", "2", "--out", "whole"])
+    train_mora.main([*argv, "--seeds", "1", "--out", "r"])
+    said = refused(train_mora.main, *argv, "--seeds", "2", "--rank", "3", "--out", "r", "--resume")
+    assert "rank 4 there, 3 here" in said and "seeds 1 there, 2 here" in said
+    train_mora.main([*argv, "--seeds", "2", "--out", "r", "--resume"])
+    names = ("metrics.json", "config.json", "adapters/mora-s0.pt", "adapters/mora-s1.pt", "model.pt")
+    assert files(tmp_path / "whole", *names) == files(tmp_path / "r", *names)
+    said = refused(train_mora.main, *argv, "--seeds", "1", "--out", "r", "--resume")
+    assert "seeds 2 there, 1 here" in said  # fewer would hide what is there
+
+
 @pytest.mark.parametrize("stop_at", [3, 17, 31])  # in pretraining, in `head`, in `mora`
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, capsys, stop_at):
     monkeypatch.chdir(tmp_path)

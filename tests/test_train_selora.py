@@ -272,7 +272,7 @@ def test_rates_are_picked_on_validation_rows_and_widened(tmp_path, monkeypatch, 
     count = len(trials)
     train_selora.main([*argv, "--out", "r", "--resume"])
     assert len(trials) == count and files(tmp_path / "r", "metrics.json", "model.pt") == before
-    assert "fixed: learning rate 0.1" in capsys.readouterr().out
+    assert "fixed: learning rate by the loss on the validation rows at seed 0: 0.1 (" in capsys.readouterr().out
 
 
 def test_the_table_has_one_rate_a_rule(tmp_path, monkeypatch):
