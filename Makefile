@@ -5,9 +5,10 @@ GIVEN := $(PY)
 PY = .venv/bin/python
 # The learning rates that `python train_mora.py` picked; picking them again would triple the time.
 DEMO = --out runs/demo/mora --seeds 1 --phantoms 3000 --steps 400 --pretrain-steps 600 --resume \
-       --lr head:0.03 lora:0.03 mora:0.03 mora-open:0.03 full:0.003
+       --lr head:0.01 lora:0.03 mora:0.01 mora-open:0.03 full:0.003
 
-SELORA = --out runs/demo/selora --seeds 1 --phantoms 3000 --width 28 --text-width 32 --heads 2 --pretrain-steps 1700 --judge runs/demo/mora --resume
+SELORA = --out runs/demo/selora --seeds 1 --phantoms 3000 --width 28 --text-width 32 --heads 2 --pretrain-steps 1700 --judge runs/demo/mora \
+         --lr ratio:0.01 full:0.001 --resume
 
 .PHONY: install demo test test-long bench results gpu-check clean
 

@@ -115,7 +115,7 @@ PUBLISHED = [
     published("mora-covid", mora("mora-covid", *TEN, *COVID)),
     published("selora-phantoms", selora("selora-phantoms", "--seeds", "6", "--judge", f"{RUNS}/judge"), "judge"),
     ranks("ranks-phantoms", "judge"),
-    ranks("ranks-xrays", "judge-xrays", *XRAYS),
+    ranks("ranks-xrays", "judge-xrays", *XRAYS, "--buckets", "8192"),
     published("scarce-none", mora("scarce-none", *SCARCE)),
     Published("scarce-generator", [selora("scarce-generator", *SMALL, "--train-share", "0.1", *TEN,
                                           "--table", f"{RUNS}/scarce-none")], needs=("scarce-none",)),

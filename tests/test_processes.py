@@ -86,7 +86,8 @@ with processes.processes(torch.device("cpu")), loop.Stopper() as stop:
     present = torch.ones(40, 1).double()
     known = torch.rand(40, 5) < torch.linspace(0, 0.6, 40)[:, None]  # most unlabelled, unevenly; some batches of a process have none
     labels = torch.where(known, torch.randint(0, 2, (40, 5)), -1)
-    task = {"inputs": {"note": torch.randint(3, 32, (40, 4))}, "labels": labels, "train": np.arange(40), "present": present, "shuffled": present}
+    task = {"inputs": {"note": torch.randint(3, 32, (40, 4))}, "labels": labels, "train": np.arange(40), "present": present, "shuffled": present,
+            "content": {"any:0.7": None}}
     cfg = train_mora.Config(out=out, steps=60, batch=4)
     train_mora.adapt(cfg, model, "mora", 0, 0.01, task, loop.Log(out / "log.jsonl"), stop)
     torch.save(model.state_dict(), out / f"rank{processes.world()[0]}.pt")

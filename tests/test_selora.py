@@ -822,7 +822,7 @@ def trained(rank=3):
 def test_components_are_the_singular_vectors_of_the_change():
     """The rows, one by one, add up to what the adapter changed; they are orthogonal and fall in size."""
     model, losses = trained()
-    before = {name: (layer.delta().detach().clone(), float(losses[0]())) for name, layer in adapters(model).items()}
+    before = {name: (layer.delta().detach().clone(), losses[0]().item()) for name, layer in adapters(model).items()}
     waiting = {name: layer.A.detach().narrow(layer.axis, 3, 1).clone() for name, layer in adapters(model).items()}
     to_components(model)
     for name, layer in adapters(model).items():
@@ -834,7 +834,7 @@ def test_components_are_the_singular_vectors_of_the_change():
         assert torch.allclose(sigma, torch.linalg.svdvals(delta.flatten(1))[:3], atol=1e-10)
         assert torch.allclose(A[:3] @ A[:3].T, torch.eye(3, dtype=A.dtype), atol=1e-12)
         assert torch.equal(layer.A.narrow(layer.axis, 3, 1), waiting[name]) and layer.rank == 3 and not layer.B[3:].any()
-        assert abs(float(losses[0]()) - loss) < 1e-12
+        assert abs(losses[0]().item() - loss) < 1e-12
 
 
 def multiplied(model, loss):
@@ -872,7 +872,7 @@ def test_rises_are_differences_of_cut_models():
     to_components(model)
     before = copy.deepcopy(model.state_dict())
     found = rises(model, iter(losses))
-    mean = lambda: sum(float(loss()) for loss in losses) / len(losses)
+    mean = lambda: sum(loss().item() for loss in losses) / len(losses)
     for name, layer in adapters(model).items():
         kept, at = layer.B.detach().clone(), [mean()]
         for rank in (2, 1, 0):
