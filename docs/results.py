@@ -205,7 +205,7 @@ def run_one(one, settings):
             "training seconds": round(sum(seconds_of(command) for command in one.commands)),
             "result": kept(json.loads((RUNS / one.file).read_text())),
         }
-        data.write_atomic(target, json.dumps(content, indent=1) + "\n")
+        data.write_atomic(target, json.dumps(content) + "\n")
     return f"{one.name}: done in {time.monotonic() - started:.0f} s"
 
 
@@ -332,26 +332,25 @@ def mora_section(name, results):
 
 
 AWARENESS = {
-    "mora-phantoms": "joint transformer, absent tokens hidden: the input shows the pattern",
-    "mora-fill": "absent inputs filled with another sample's: nothing in the input tells",
-    "mora-label": "filled, and in training missing depends on the label, in the test not",
+    "mora-phantoms": "absent tokens are hidden",
+    "mora-fill": "absent inputs are filled",
+    "mora-label": "filled; follows the label in training",
 }
 
 
 def awareness_table(results):
-    """When knowing the pattern pays: a row for each condition."""
-    rows = []
-    for name, condition in AWARENESS.items():
-        if name not in results:
-            rows.append([condition, *["not measured yet"] * 7])
-            continue
+    """When knowing the pattern pays: a column for each condition."""
+    shown_runs = {name: title for name, title in AWARENESS.items() if name in results}
+    scores = {}  # {method: [scores per seed of each condition]}
+    for name in shown_runs:
         methods = results[name]["result"]["methods"]
-        scores = {method: methods[method]["macro_f1"] for method in ("head", "lora", "mora-open", "mora", "full")}
-        cells = [metrics.spread(score) for score in scores.values()]
-        gaps = [interval(scores["mora"], scores[other]) for other in ("lora", "mora-open")]
-        rows.append([condition, *cells, *gaps])
-    header = ["condition", "`head`", "`lora`", "`mora-open`", "`mora`", "`full`", "MoRA minus `lora`"]
-    return table([*header, "MoRA minus `mora-open`"], rows)
+        for method in ("head", "lora", "mora-open", "mora", "full"):
+            scores.setdefault(method, []).append(methods[method]["macro_f1"])
+    rows = [[f"`{method}`", *map(metrics.spread, each)] for method, each in scores.items()]
+    for other in ("lora", "mora-open"):
+        gaps = [interval(ours, theirs) for ours, theirs in zip(scores.get("mora", []), scores.get(other, []))]
+        rows.append([f"`mora` minus `{other}`", *gaps])
+    return table(["macro-F1", *shown_runs.values()], rows)
 
 
 SCARCE_ROWS = {
