@@ -482,7 +482,7 @@ def run(cfg, stop):
         split = data.split(target, seed, cfg.train_share)
         split = {name: np.intersect1d(rows, drawable) for name, rows in split.items()}
         if cfg.table:
-            split["train"] = left_by_table(cfg.table, target, seed, split)
+            split |= left_by_table(cfg.table, target, seed, split)
         parts[seed] = data.none_empty(target, split)
     jobs = ranks.jobs_of(cfg, sum(costs.values()))
     print(f"{adapted}; {ranks.work_ahead(cfg, jobs)}")
@@ -506,8 +506,8 @@ def run(cfg, stop):
         split = parts[seed]
         set_grain(cfg, vae, target, split["train"])
         if vit:
-            rows = np.concatenate([split["test"], split["val"]])
-            ctx.judges[seed] = judge_of(vit, target, vae, split["train"], rows, seed, new)
+            judged = (split["train"], split["test"], seed, new)
+            ctx.judges[seed] = judge_of(vit, target, vae, *judged)
         for job in jobs:
             if job.rule not in ctx.rates:
                 trial = partial(run_job, cfg, ctx)

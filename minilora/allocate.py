@@ -13,11 +13,9 @@ import torch
 
 from minilora import checkpoint, diffusion
 from minilora.data import Refused
-from minilora.ranks import full_gradients
+from minilora.ranks import full_gradients, looked_at
 from minilora.selora import adapters
 
-GRADIENTS = 8  # batches for neyman
-INFORMATION = 16  # batches for probe-svd
 CUTS = 8  # batches for the oracle
 
 
@@ -32,7 +30,7 @@ def fixed_losses(cfg, pairs, model, seed, train, count):
 
 def neyman_gradients(cfg, pairs, model, seed, train):
     """Gradients by the full weights, {layer: [d_out,fan_in]}, of some batches, at B = 0."""
-    for loss in fixed_losses(cfg, pairs, model, seed, train, GRADIENTS):
+    for loss in fixed_losses(cfg, pairs, model, seed, train, looked_at(cfg, "neyman")):
         yield full_gradients(model, loss)
 
 
@@ -99,7 +97,7 @@ def values_of(rule, cfg, pairs, model, seed, train):
     to_components(model)
     if rule == "oracle":
         return rises(model, fixed_losses(cfg, pairs, model, seed, train, CUTS))
-    return information(model, fixed_losses(cfg, pairs, model, seed, train, INFORMATION))
+    return information(model, fixed_losses(cfg, pairs, model, seed, train, looked_at(cfg, rule)))
 
 
 def read_values(path, layers):

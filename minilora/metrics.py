@@ -99,19 +99,25 @@ def frechet(a, b):
 # ---- comparisons
 
 
+# Test rows over training rows of a split, 10% to 80%.
+OVERLAP = 1 / 8
+
+
 def paired(ours, theirs):
     """What paired scores [n] of n seeds can show of their differences, ours minus theirs.
 
     {'n', 'mean', 'low', 'high': 95% interval of the mean by Student's t, 'wins', 'losses': how many
-    are above and below 0, 'p': of the exact two-sided sign test, which leaves ties out}. The interval is NaN for one
-    seed. The t interval takes seeds for independent; they share samples, so it is somewhat narrow.
+    are above and below 0, 'p': of the exact two-sided sign test, which leaves ties out}. The
+    interval is NaN for one seed. Splits of several seeds share samples, so the variance of the mean
+    is that of independent ones, s^2 / n, plus s^2 times `OVERLAP` (Nadeau and Bengio, Machine
+    Learning 52, 2003); the sign test has no such correction, and speaks of these data.
     """
     difference = np.asarray(ours, float) - np.asarray(theirs, float)
     n = len(difference)
     mean = difference.mean()
     half = math.nan
     if n > 1:
-        half = student(n - 1) * difference.std(ddof=1) / math.sqrt(n)
+        half = student(n - 1) * difference.std(ddof=1) * math.sqrt(1 / n + OVERLAP)
     wins = int((difference > 0).sum())
     losses = int((difference < 0).sum())
     return {
@@ -210,8 +216,9 @@ def _macro_f1(times, truth, predicted, occurs):
 
 
 def verdict(ours, theirs, names, unit="", less=False, digits=3):
-    """A sentence on paired scores [n] of two methods, `names`: "beats" needs a sign test below .05,
-    else it is no difference that so many seeds can show. less: lower scores are better."""
+    """A sentence on paired scores [n] of two methods, `names`: "beats" needs a sign test below .05
+    and an interval on the same side of 0, else it is no difference that so many seeds can show.
+    less: lower scores are better."""
     result = paired(ours, theirs)
     n = result["n"]
     if math.isnan(result["mean"]):
@@ -219,27 +226,34 @@ def verdict(ours, theirs, names, unit="", less=False, digits=3):
     if n == 1:
         mean = f"{result['mean']:+.{digits}f}{unit}"
         return f"One seed, an illustration and no evidence: {names[0]} minus {names[1]} is {mean}."
-    better = None
-    if result["p"] < 0.05:
-        better = (result["wins"] > result["losses"]) != less
+    above = shown(result)
+    better = above if above is None else above != less
     wins = f"above on {result['wins']} of {n} seeds"
     return _sentence(result, names, better, f"{n} seeds", wins, unit, digits)
 
 
 def verdict_samples(result, names, digits=3):
-    """The same of what `paired_samples` gives. "beats" needs the sign test, and an interval of the
-    macro-F1 on the same side of 0."""
+    """The same of what `paired_samples` gives."""
     if math.isnan(result["mean"]):
         return f"{names[0]} against {names[1]}: one has no score, so there is no comparison."
-    better = None
-    if result["p"] < 0.05:
-        if result["low"] > 0 and result["wins"] > result["losses"]:
-            better = True
-        if result["high"] < 0 and result["wins"] < result["losses"]:
-            better = False
     wins = f"better on {result['wins']} samples, worse on {result['losses']}"
     number = f"{result['n']} samples"
-    return _sentence(result, names, better, number, wins, " macro-F1", digits)
+    return _sentence(result, names, shown(result), number, wins, " macro-F1", digits)
+
+
+def shown(result):
+    """Whether a paired result shows that ours is above (True) or below (False), or neither (None):
+    its sign test is below .05, and its interval is on the same side of 0."""
+    if result["p"] < 0.05 and result["low"] > 0 and result["wins"] > result["losses"]:
+        return True
+    if result["p"] < 0.05 and result["high"] < 0 and result["wins"] < result["losses"]:
+        return False
+    return None
+
+
+def by_chance(n):
+    """The share of comparisons over n seeds whose sign test is below .05 where nothing differs."""
+    return sum(math.comb(n, k) for k in range(n + 1) if sign_test(k, n - k) < 0.05) / 2**n
 
 
 def _sentence(result, names, better, number, wins, unit, digits):

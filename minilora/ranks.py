@@ -300,8 +300,18 @@ def probe_steps(cfg):
 
 
 def steps_of(cfg, job):
-    """How many steps a job trains: the probe's are charged."""
-    return cfg.steps - probe_steps(cfg) * (job.rule in ("probe-svd", "shuffled"))
+    """How many steps a job trains: those of a probe, and batches that a plan looks at, are charged."""
+    charged = looked_at(cfg, job.rule)
+    if job.rule in ("probe-svd", "shuffled"):
+        charged += probe_steps(cfg)
+    return cfg.steps - charged
+
+
+def looked_at(cfg, rule):
+    """How many batches a plan looks at before the first step, a gradient of each: 16 for probe-svd,
+    8 for neyman, and fewer, at least 2, of a short run."""
+    most = {"probe-svd": 16, "shuffled": 16, "neyman": 8}.get(rule, 0)
+    return min(most, max(2, cfg.steps // 20))
 
 
 def probe_of(cfg, job, cost):
@@ -365,7 +375,8 @@ def pick_rate(cfg, jobs, rule, train):
     if rule in given or "" in given:
         return given.get(rule, given.get("")), {}
     rows = [job for job in jobs if job.rule == rule]
-    job = next((job for job in rows if job.name == f"{rule} r2"), rows[0])
+    # A row that takes its budget from another comes after that one only in the table's order.
+    job = next((job for job in rows if job.name == f"{rule} r2" and not job.of), rows[0])
 
     def score_of(lr):
         return -train(job, 0, lr, file_of(cfg, job, 0, lr))["result"]["val_loss"]
@@ -414,6 +425,24 @@ def check_rules(cfg):
     if not 0 <= cfg.lam < 1e9:
         raise ValueError(f"--lam {cfg.lam} must be a number of at least 0")
     given_rates(cfg)
+    check_used(cfg)
+
+
+def check_used(cfg):
+    """ValueError where settings would change nothing, or leave a rule no choice."""
+    default = type(cfg)()
+    unused = [] if cfg.rules_table else ["rows", "budgets"]
+    if cfg.rules_table:
+        unused = ["rule", "rank", "budget"]
+    elif cfg.rule in ("fixed", "replay"):
+        unused += ["budget"]
+    elif cfg.rule not in GROWING:
+        unused += ["rank"]
+    for key in unused:
+        value = getattr(cfg, key)
+        if value != getattr(default, key):
+            place = "--rules-table" if cfg.rules_table else f"--rule {cfg.rule}"
+            raise ValueError(f"--{key} {value}: {place} has no use for it")
 
 
 def check_table(cfg):
@@ -438,6 +467,13 @@ def check_budget(cfg, cost):
             f"--budget {cfg.budget:,} is below the {cost:,} parameters that rank 1 in every layer costs"
         )
     budget = cfg.budget or 2 * cost
+    most = max(cfg.budgets) * cost if cfg.rules_table else budget
+    if cfg.rule == "probe-svd" or cfg.rules_table:
+        if most >= cfg.capacity * cost:
+            raise ValueError(
+                f"a budget of {most:,} parameters fills the --capacity {cfg.capacity} of every layer: "
+                "nothing is left to choose; raise --capacity"
+            )
     spent = cfg.rank * cost
     limited = cfg.rule in GROWING and (cfg.budget or cfg.rule != "ratio")
     if limited and not cfg.rules_table and budget <= spent:

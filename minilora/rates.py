@@ -1,6 +1,8 @@
 """The choice of a learning rate: a grid that is widened until its best rate lies inside. Skip it
 when you read for a method."""
 
+import math
+
 from minilora.loop import NotFinite
 
 RATES = tuple(float(f"{digit}e{power}") for power in range(-6, 1) for digit in (1, 3))
@@ -9,32 +11,45 @@ WIDEST = 4  # how many rates may be added to a grid
 
 def pick(grid, score_of):
     """(best rate, {rate: score}) of a grid, part of `RATES`; score_of: a function of a rate, higher
-    is better.
+    is better. Of equal scores the one in the middle is taken.
 
     While the best is the lowest or the highest that was tried, the next one is tried too, at most
-    `WIDEST` times. A rate at which the training does not stay finite scores minus infinity."""
+    `WIDEST` times. A rate at which the training does not stay finite, or the score is NaN, scores
+    minus infinity; `NotFinite` if all do."""
     scores = {}
-
-    def attempt(rate):
-        try:
-            scores[rate] = score_of(rate)
-        except NotFinite as error:
-            print(f"learning rate {rate:g} is left out: {error}")
-            scores[rate] = -float("inf")
-
     for rate in grid:
-        attempt(rate)
+        scores[rate] = attempt(rate, score_of)
     for _ in range(WIDEST):
-        best = max(sorted(scores), key=scores.get)  # of equal ones the lowest
+        best = best_of(scores)
         place = RATES.index(best)
         if best == min(scores):
             place -= 1
         elif best == max(scores):
             place += 1
-        if RATES[place % len(RATES)] in scores or not 0 <= place < len(RATES):
+        if not 0 <= place < len(RATES) or RATES[place] in scores:
             break
-        attempt(RATES[place])
-    return max(sorted(scores), key=scores.get), dict(sorted(scores.items()))
+        scores[RATES[place]] = attempt(RATES[place], score_of)
+    return best_of(scores), dict(sorted(scores.items()))
+
+
+def attempt(rate, score_of):
+    """The score of a rate; minus infinity, and a line, where it is not finite."""
+    try:
+        score = score_of(rate)
+    except NotFinite as error:
+        print(f"learning rate {rate:g} is left out: {error}")
+        return -math.inf
+    return -math.inf if math.isnan(score) else score
+
+
+def best_of(scores):
+    """The rate of the highest score; of several, the middle one."""
+    top = max(scores.values())
+    if top == -math.inf:
+        raise NotFinite(f"no learning rate of {', '.join(f'{rate:g}' for rate in scores)} gives a "
+                        "finite score")
+    best = [rate for rate in sorted(scores) if scores[rate] == top]
+    return best[len(best) // 2]
 
 
 def described(best, scores):

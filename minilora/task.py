@@ -677,8 +677,9 @@ def read_studies(cfg):
 
 
 def left_by_table(run, study, seed, split):
-    """The rows of split['train'] that a run of train_mora.py trained on at this seed, of which its
-    missing table left image and note. `Refused` if it is no such run, or of another study."""
+    """{'train', 'val'}: the rows of a split of which the missing table of a run of train_mora.py left
+    image and note, and which it trained on or validated with at this seed. `Refused` if it is no
+    such run, or of another study."""
     config = checkpoint.read_json(run / "config.json")
     text = config.get("missing") if isinstance(config, dict) else None
     if not isinstance(text, str):
@@ -701,10 +702,12 @@ def left_by_table(run, study, seed, split):
         raise Refused(f"--table {run}: splits another study of {len(table)} samples than this run's "
                       f"{study.name} of {len(study)}")
     whole = table[:, [names.index("image"), names.index("note")]].all(1)  # [N]
-    seen = np.intersect1d(split["train"], arrays["train"])
-    left = seen[whole[seen]]
-    if not len(left):
-        raise Refused(f"--table {run}: left no training sample at seed {seed} both image and note")
+    left = {}
+    for part, name in (("train", "training"), ("val", "validation")):
+        seen = np.intersect1d(split[part], arrays[part])
+        left[part] = seen[whole[seen]]
+        if not len(left[part]):
+            raise Refused(f"--table {run}: left no {name} sample at seed {seed} both image and note")
     return left
 
 
