@@ -77,8 +77,8 @@ class Config:
     missing: str = "any:0.7"
     test_missing: tuple[str, ...] = ()  # TYPE:RATE of each test row; default: as in training.
     # What stands for an absent modality: `mask` hides it from attention; `dummy` shows an all-ones
-    # image, an empty note (the paper's way); `fill` shows another training sample's, so that nothing
-    # in the input tells what is absent. MoRA's branch is told in every case.
+    # image, an empty note (the paper's way); `fill` shows another training sample's, which
+    # the input itself hardly gives away. MoRA's branch is told in every case.
     absent: str = "mask"
     # `trained` with the adapter, or `locked`: the head that method `head` trained, frozen, so the
     # adapter alone adapts.

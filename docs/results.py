@@ -87,7 +87,8 @@ def filling(name, fact, *share):
 
 
 FIRST = ("--test-missing", "any:0.7", "any:0", "any:0.3", "any:0.5", "any:0.9")
-FILL = ("--absent", "fill")
+# `prompt` is the other method that is told the pattern, beside MoRA.
+FILL = ("--absent", "fill", "--methods", "head", "lora", "mora", "mora-open", "prompt", "full")
 LABEL = (*FILL, "--missing", "label:0.7", "--test-missing", "any:0.7", "label:0.7")
 PNEUMONIA = ("--data", "{data}/pneumoniamnist.npz", "--synthetic-notes")
 COVID = ("--data", "{data}/covid_cxr.npz", "--steps", "200")
@@ -156,7 +157,8 @@ def machine():
 
 def version():
     """Of the package, and the commit."""
-    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return f"minilora 0.1.0, commit {answer.stdout.strip() or 'unknown'}"
 
 
@@ -180,8 +182,6 @@ def seconds_of(command):
 def run_one(one, settings):
     """Run the commands of a result and keep its numbers; returns a line that says how it went."""
     target = FOLDER / f"{one.name}.json"
-    if one.file and target.is_file():
-        return f"{one.name}: is there"
     needed = {f for command in one.commands for f in ("covid_cxr.npz", "pneumoniamnist.npz") if f in str(command)}
     for name in needed:
         if not (settings.data / name).is_file():
@@ -191,13 +191,15 @@ def run_one(one, settings):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(RUNS / f"{one.name}.log", "a") as log:
         for command in one.commands:
+            if command[0] == "-m" and Path(command[-1]).is_file():
+                continue  # a study that was drawn before
             line = python(command, settings)
             if not command[0].startswith("-"):
                 line[1] = str(ROOT / command[0])
             code = subprocess.run(line, stdout=log, stderr=log, env=environment).returncode
             if code:
                 return f"{one.name}: FAILED with code {code}, see {log.name}"
-    if one.file:
+    if one.file and not target.is_file():
         content = {
             "commands": [shown(command) for command in one.commands],
             "version": version(),
@@ -267,7 +269,7 @@ def interval(ours, theirs, digits=3):
 
 def mora_rows(result, text=None):
     """The rows of a run of train_mora.py under one of its test tables, the first by default."""
-    text = text or next(iter(result["methods"].values()))["by_test"].__iter__().__next__()
+    text = text or next(iter(next(iter(result["methods"].values()))["by_test"]))
     rows = result["methods"] | result["baselines"]
     scores = {name: row["by_test"][text] for name, row in rows.items()}
     for name, row in rows.items():
@@ -346,10 +348,18 @@ def awareness_table(results):
         methods = results[name]["result"]["methods"]
         for method in ("head", "lora", "mora-open", "mora", "full"):
             scores.setdefault(method, []).append(methods[method]["macro_f1"])
-    rows = [[f"`{method}`", *map(metrics.spread, each)] for method, each in scores.items()]
+    for name in shown_runs:  # the column of hidden tokens has no row of prompts
+        methods = results[name]["result"]["methods"]
+        scores.setdefault("prompt", []).append(methods["prompt"]["macro_f1"] if "prompt" in methods else None)
+    rows = [[f"`{m}`", *(metrics.spread(v) if v else "" for v in each)] for m, each in scores.items()]
     for other in ("lora", "mora-open"):
         gaps = [interval(ours, theirs) for ours, theirs in zip(scores.get("mora", []), scores.get(other, []))]
         rows.append([f"`mora` minus `{other}`", *gaps])
+    hidden = results.get("mora-phantoms")
+    if hidden:
+        plain = hidden["result"]["methods"]["lora"]["macro_f1"]
+        gaps = [interval(ours, plain) for ours in scores["mora"]]
+        rows.append(["`mora` minus `lora` with absent tokens hidden", *gaps])
     return table(["macro-F1", *shown_runs.values()], rows)
 
 
@@ -450,14 +460,18 @@ HEAD = """# Results
 
 Every number on this page comes from a command that stands above it. `make results` runs those whose numbers are missing
 in `docs/results/` (up to 5 hours on 2 cores; it resumes), and writes this page from that folder: nobody types a number.
+The commit that is named is the one at which a result was finished.
 
 - **Mean ± sample standard deviation over seeds.** A seed draws training and test rows, the missing table, the initial
   adapter and the batches. The validation rows are the same for all seeds and test nothing.
 - **Differences are paired by seed**: mean [95% interval by Student's t], p of the exact two-sided sign test. A method
-  "beats" another where p is below .05, which takes all of 6 seeds, or 9 of 10; else no difference is shown. Seeds share
-  samples, so the intervals are somewhat narrow.
-- **Rates**: every row has its own learning rate, the best on the validation rows at seed 0 of a grid that is widened
-  while the best lies at its edge.
+  "beats" another where p is below .05, which takes all of 6 seeds, or 9 of 10, and the interval lies on the same side of
+  0; else no difference is shown. Seeds share samples: the intervals allow for it (Nadeau and Bengio, 2003), the sign test
+  does not, so its p speaks of new seeds on the same data.
+- **Many comparisons**: the first sentence below a table is its claim, the others are exploratory. At 10 seeds one in 46
+  would come out by chance where nothing differs.
+- **Rates**: every method has its own learning rate, the best on the validation rows at seed 0 of a grid that is widened
+  while the best lies at its edge. It is picked at one seed: neighbouring rates often differ by less than seeds do.
 - **Controls**: the larger class, linear models without any transformer, random images, shuffled and random ranks.
 - "Phantoms" are synthetic chest studies drawn by a program: what holds there need not hold in a hospital.
 """

@@ -26,12 +26,16 @@ def rows(study, draws, missing, tests):
     for share, draw in zip(shares, draws.values()):
         constant = dict.fromkeys({missing, *tests}, np.tile(share, (len(study), 1)))
         results["larger class"].append(scored(study, draw, missing, tests, constant))
-    for name, pictures in (("linear: words, numbers", False), ("linear: and pixels", True)):
-        if pictures and study.images is None:
-            continue
-        if study.notes is None and not study.numeric and not pictures:
-            continue
-        results[name] = linear_row(study, draws, missing, tests, pictures)
+    filled = any("donors" in draw for draw in draws.values())
+    linear = {}  # {name: (with pictures, with what is absent filled as for the transformer)}
+    if study.notes is not None or study.numeric:
+        linear["linear: words, numbers"] = (False, filled)
+    if study.images is not None:
+        linear["linear: and pixels"] = (True, filled)
+        if filled:
+            linear["linear: absent left out"] = (True, False)
+    for name, kind in linear.items():
+        results[name] = linear_row(study, draws, missing, tests, *kind)
     return results
 
 
@@ -44,12 +48,12 @@ def class_shares(study, train):
     return np.bincount(labels, minlength=len(study.class_names)) / len(labels)
 
 
-def linear_row(study, draws, missing, tests, pictures):
+def linear_row(study, draws, missing, tests, pictures, filled):
     """[result per seed] of logistic regressions, all with the decay that is best at seed 0."""
     picked = None
     results = []
     for draw in draws.values():
-        x = {text: inputs(study, draw, missing, text, pictures) for text in {missing, *tests}}
+        x = {text: inputs(study, draw, missing, text, pictures, filled) for text in {missing, *tests}}
         train = draw["parts"]["train"]
         best = None
         for decay in DECAYS if picked is None else [picked]:
@@ -64,25 +68,35 @@ def linear_row(study, draws, missing, tests, pictures):
     return results
 
 
-def inputs(study, draw, missing, text, pictures):
+def inputs(study, draw, missing, text, pictures, filled):
     """[N,V] float32 under the missing table `text`; words are those of the training notes under
-    `missing`. What is absent is 0, and a bit for each note, number and picture says that it is
-    there."""
+    `missing`. filled: what is absent is another sample's, as the transformer sees it; else it is 0,
+    and a bit for each note, number and picture says that it is there."""
     present = draw["tables"][text]  # [N,M]
     train = draw["parts"]["train"]
     columns = []
+
+    def add(name, values):
+        """Columns [N,F] of a modality; NaN becomes 0."""
+        m = study.modalities.index(name)
+        have = present[:, [m]]
+        known = ~np.isnan(values)
+        if filled:
+            source = np.where(present[:, m], np.arange(len(study)), draw["donors"][:, m])
+            values = values[source]
+            known = known[source]
+            have = np.ones_like(have)
+        bits = known & have if name not in ("image", "note") else have
+        columns.extend([np.where(known & have, values, 0), bits])
+
     if study.notes is not None:
-        m = study.modalities.index("note")
-        seen = train[draw["tables"][missing][train, m]]
-        columns += [bag_of_words(study.notes, seen) * present[:, [m]], present[:, [m]]]
+        seen = train[draw["tables"][missing][train, study.modalities.index("note")]]
+        add("note", bag_of_words(study.notes, seen))
     for name, (mean, scale) in draw["scales"].items():
-        values = (study.numeric[name] - mean) / scale  # [N,F]
-        known = ~np.isnan(values) & present[:, [study.modalities.index(name)]]
-        columns += [np.where(known, values, 0), known]
+        add(name, (study.numeric[name] - mean) / scale)
     if pictures:
-        m = study.modalities.index("image")
         small = data.resize(study.images, PIXELS).reshape(len(study), -1)  # [N,pixels]
-        columns += [(small / 127.5 - 1) * present[:, [m]], present[:, [m]]]
+        add("image", small / 127.5 - 1)
     return torch.from_numpy(np.concatenate(columns, 1).astype(np.float32))
 
 

@@ -1,5 +1,5 @@
-"""What the two training scripts show: metrics.json, tables, sentences computed from them, and
-figures.
+"""What train_mora.py shows: metrics.json, tables, sentences computed from them, and figures; and
+what both scripts draw with.
 
 A figure needs the `pictures` extra; without it, text or an array takes its place. Skip this file
 when you read for a method."""
@@ -234,6 +234,8 @@ CONTROLS = {
     "full": "full fine-tuning",
     "linear: words, numbers": "a linear model on words and numbers",
     "linear: and pixels": "a linear model on words, numbers and small pictures",
+    "linear: absent left out": "the same, with what is absent left out instead of filled",
+    "prompt": "prompts that are told the pattern, with as many parameters or slightly more",
     "larger class": "always the larger class",
 }
 

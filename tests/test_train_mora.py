@@ -603,6 +603,14 @@ def test_baselines_are_what_their_names_say():
     for result in rows["linear: words, numbers"]:
         assert result["by_test"]["any:0"]["macro_f1"] == 1  # a word tells the label
         assert result["by_test"]["note:1"]["auroc"] == 0.5  # and without notes nothing does
+    # Filled with other samples', nothing says that a note is foreign; left out, it misleads nobody.
+    filled = {seed: draw_task(replace(cfg, absent="fill"), study, seed) for seed in range(2)}
+    rows = baselines.rows(study, filled, cfg.missing, ["note:1"])
+    assert 0.3 < rows["linear: and pixels"][0]["by_test"]["note:1"]["auroc"] < 0.7
+    assert [*rows][-1] == "linear: absent left out"
+    x = baselines.inputs(study, filled[0], cfg.missing, "note:1", False, True)
+    bag = baselines.bag_of_words(study.notes, filled[0]["parts"]["train"])
+    assert torch.equal(x[:, -1], torch.ones(400)) and x[:, :-1].sum() == 2 * 400 and bag.sum() == 2 * 400
     study.notes = np.array([f"x{i}" for i in range(400)])
     study.images = (images // 4 + 100 * labels[:, None, None]).astype(np.uint8)
     rows = baselines.rows(study, draws, cfg.missing, ["any:0"])
