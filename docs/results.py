@@ -1,4 +1,4 @@
-"""Every published number, from the command to the page.
+"""Every published number, from the command to the page. Skip it when you read for a method.
 
     python docs/results.py run                 # all that is missing in docs/results/, two at a time; it resumes
     python docs/results.py run mora-phantoms   # some of it
@@ -7,7 +7,7 @@
 A run of the list below writes its folder under runs/results/. What the pages need of its metrics goes into
 docs/results/NAME.json, with the commands, the version, the machine and the time that it took; a file that is there
 already is not made again: delete it first. X-rays are no part of the project: runs that need covid_cxr.npz or
-pneumoniamnist.npz are skipped where --data does not hold them (the README says what they are).
+pneumoniamnist.npz are skipped where --data does not hold them (docs/covid_chestxray.md says what they are).
 """
 
 import json
@@ -605,7 +605,41 @@ def filling_block(results):
     return [*table(["", *(f"{title} ({r['samples']})" for title, r in shown_studies.items())], rows), *sentences(lines)]
 
 
+def found_block(results):
+    """What a first page says at once, a line for each question."""
+    lines = []
+    if {"mora-phantoms", "mora-fill"} <= {*results}:
+        hidden, filled = (results[name]["result"] for name in ("mora-phantoms", "mora-fill"))
+        gaps = [interval(r["methods"]["mora"]["macro_f1"], r["methods"]["lora"]["macro_f1"]) for r in (filled, hidden)]
+        lines.append(f"Telling the adapter what is missing pays where the input does not show it. MoRA minus a plain LoRA "
+                     f"branch, macro-F1: {gaps[0]} where absent inputs are filled, {gaps[1]} where they are hidden.")
+        linear = hidden["baselines"]["linear: and pixels"]["macro_f1"]
+        gap = interval(linear, hidden["methods"]["mora"]["macro_f1"])
+        lines.append(f"No adapter of this small frozen encoder reaches a linear model on words and pictures of 16 x 16: "
+                     f"the linear model minus MoRA is {gap}.")
+    for name, title in RANKS.items():
+        if name in results:
+            methods = results[name]["result"]["methods"]
+            losses = {rule: np.array(methods[f"{rule} r2"]["heldout_loss"]) * 1e5 for rule in ("probe-svd", "ratio", "uniform")}
+            gaps = [interval(losses[rule], losses["uniform"], 0) for rule in ("ratio", "probe-svd")]
+            lines.append(f"Ranks that grow, at equal parameters, {title}: held-out loss x 1e5 minus that of equal ranks is "
+                         f"{gaps[0]} by the paper's rule and {gaps[1]} by `probe-svd`.")
+    return [f"- {line}" for line in lines] or NOT_YET
+
+
+def mora_sentences(results):
+    """The sentences of the first MoRA table and of the one with filled inputs."""
+    lines = []
+    for name, title in (("mora-phantoms", "Hidden"), ("mora-fill", "Filled")):
+        if name in results:
+            found = report.mora_conclusion(results[name]["result"])
+            lines += [f"- {title}: {line}" for line in found if " lora" in line or "pictures" in line]
+    return lines or NOT_YET
+
+
 BLOCKS = {
+    "found": found_block,
+    "mora-sentences": mora_sentences,
     "mora": mora_block("mora-phantoms"),
     "covid": mora_block("mora-covid", accuracy=False),
     "awareness": awareness_table,

@@ -55,7 +55,7 @@ def read_picture(path, rgb=False):
         return _channels(picture, rgb)
     except ImportError as error:
         library = (error.name or "").split(".")[0]
-        extra = {"PIL": "pictures", "pydicom": "dicom"}.get(library)
+        extra = {"PIL": "pictures", "pydicom": "studies"}.get(library)
         if extra is None:
             raise Refused(f"{path}: not readable ({error})") from None
         raise Refused(f"{path}: reading it needs {library}: "

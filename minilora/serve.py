@@ -624,7 +624,9 @@ class Diagnoser:
             marks = self.prepared.get("numbers", {}).get(name, {}).get(column, {})
             number = prepare.number(value, **marks)
             if number is None:
-                raise Refused(f"{where}: {column} is '{value:.40}', which is no number")
+                decimal = marks.get("decimal", ".")
+                raise Refused(f"{where}: {column} is '{value:.40}', which is no number where "
+                              f"'{decimal}' is the decimal mark")
             value = number
         if value is not None and value in [prepare.number(text) for text in na]:
             return None  # a sentinel

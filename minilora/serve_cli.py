@@ -154,7 +154,7 @@ def add_columns(p, folder):
     flags = column_flags(columns, p._option_string_actions)
     for flag, (name, column) in flags.items():
         about = f"{name}: {column}".replace("%", "%%")
-        p.add_argument(f"--{flag}", dest=f"column {flag}", help=about)
+        p.add_argument(f"--{flag}", dest=f"column {flag}", metavar="NUMBER", help=about)
     return flags
 
 

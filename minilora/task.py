@@ -313,14 +313,14 @@ def work_ahead(cfg, vit_config, rates, grid):
     for method in cfg.methods:
         tries = 1 if method in rates or "" in rates else len(grid)
         number = cfg.seeds - 1 + tries
-        least = "" if tries == 1 else "at least "
+        runs = "1 run" if number == 1 else f"{'' if tries == 1 else 'at least '}{number} runs"
         with torch.device("meta"):  # sizes only: nothing is allocated or drawn
             counts = count(attach(make_vit(vit_config), method, cfg.rank))
         trainable = counts["trainable_params"]
         total = counts["total_params"]
         yield (
             f"{method:14s} adapter {counts['adapter_params']:,}, trainable {trainable:,} of {total:,} "
-            f"({trainable / total:.2%}); {least}{number} runs of {cfg.steps} steps"
+            f"({trainable / total:.2%}); {runs} of {cfg.steps} steps"
         )
 
 

@@ -159,8 +159,8 @@ def test_pixels_are_a_blocks_tokens():
 
 
 def test_presets_cost_what_is_said_of_them():
-    """Parameters as the help says, and what pretraining the base takes as the README says: 10^15 floating point operations."""
-    said = Path(train_selora.__file__).read_text() + (ROOT / "README.md").read_text()
+    """Parameters as the help says, and what pretraining the base takes as docs/data.md says: 10^15 floating point operations."""
+    said = Path(train_selora.__file__).read_text() + (ROOT / "docs/data.md").read_text()
     parameters = re.search(r"base \((\d+)M parameters\) or large \((\d+)M", said).groups()
     operations = re.search(r"([\d.]+) PFLOP \(`base`\) and ([\d.]+) PFLOP \(`large`\)", said).groups()
     for name, millions, peta in zip(("base", "large"), parameters, operations):
