@@ -112,8 +112,9 @@ class Config:
     # SELORA_RUN:COUNT adds COUNT synthetic studies to the training split: a training sample's words,
     # numbers and label, and an image drawn from its words by that run of train_selora.py, which
     # must have seen only samples of this training split whose image and note --missing left (its
-    # own --table). Two controls: random:COUNT takes another patient's real image, own:COUNT the
-    # sample's own. A folder of such a name is written ./random or ./own.
+    # own --table). Three controls take a real image: random:COUNT another patient's, class:COUNT
+    # another's of the same class (the same findings), own:COUNT the sample's own. A folder of such a
+    # name is written ./random, ./class or ./own.
     augment: str = ""
     # Replaces sizes left at their defaults: small (none), base (7M parameters) or large (ViLT-B/32,
     # 111M, for a GPU).
@@ -264,20 +265,13 @@ def pick_rate(cfg, ctx, method, given):
     validation rows, at seed 0.
 
     The winner's run is seed 0's run: it is not trained again. Of the others the scores are kept."""
-    if method in given or "" in given:
-        return given.get(method, given.get("")), {}
+    if method in given:
+        return given[method], {}
 
-    def score_of(lr):
-        content = run_job(cfg, ctx, method, 0, lr, cfg.out / f"picks/{method}-{lr:g}.pt")
-        return content["result"]["val"]["macro_f1"]
+    def score_of(lr, path):
+        return run_job(cfg, ctx, method, 0, lr, path)["result"]["val"]["macro_f1"]
 
-    best, scores = rates.pick(grid(cfg), score_of)
-    path = cfg.out / f"adapters/{method}-s0.pt"
-    if not path.exists():
-        checkpoint.link(cfg.out / f"picks/{method}-{best:g}.pt", path)
-    for lr, score in scores.items():
-        if lr != best and score >= 0:  # else it did not stay finite, and has no file
-            checkpoint.drop_weights(cfg.out / f"picks/{method}-{lr:g}.pt")
+    best, scores = rates.chosen(cfg.out, method, grid(cfg), score_of)
     print(f"{method}: learning rate by macro-F1 on the validation rows at seed 0: "
           f"{rates.described(best, scores)}")
     return best, scores
@@ -296,7 +290,8 @@ def run(cfg, stop):
     # Convolutions as exact as the matrix products, and as the exported graphs.
     torch.backends.cudnn.allow_tf32 = False
     cfg = replace(cfg, image_size=image_size(cfg))
-    given, kept = check(cfg)
+    kept = check(cfg)
+    given = rates.given(cfg.lr, cfg.methods, "METHOD")
     study = read_target(cfg)
     cfg = replace(cfg, buckets=buckets(cfg, study))
     for text in (cfg.missing, *cfg.test_missing):
@@ -356,6 +351,8 @@ def finish(cfg, ctx, source, readers, identity, kept, results, picked):
     """Write model.pt, metrics.json and the figure, and print the comparison."""
     study = ctx.study
     method, seed = kept
+    adapter = checkpoint.load(cfg.out / f"adapters/{method}-s{seed}.pt", "mora adapter")
+    del adapter["result"]  # its scores stand in metrics.json
     seen = image_digests(source) if source else np.empty(0, np.int64)
     tables = [draw["tables"][cfg.missing][draw["parts"]["train"]] for draw in ctx.draws.values()]
     patterns, counts = np.unique(np.concatenate(tables), axis=0, return_counts=True)
@@ -369,7 +366,7 @@ def finish(cfg, ctx, source, readers, identity, kept, results, picked):
         # A judge must not have seen what it judges.
         "source_images": torch.from_numpy(np.unique(seen)),
         "readers": readers,
-        "adapter": checkpoint.load(cfg.out / f"adapters/{method}-s{seed}.pt", "mora adapter"),
+        "adapter": adapter,
         "patterns": patterns[frequent_first].astype(int).tolist(),
         "class_names": study.class_names,
         "multilabel": study.multilabel,

@@ -98,9 +98,9 @@ class Config:
     rows: tuple[str, ...] = ()  # Rules that --rules-table is restricted to; default: all.
     steps: Positive = 900  # Adaptation steps.
     batch: Positive = 32  # Samples per step.
-    # A peak learning rate for all rules, or RULE:RATE for some and `full`; default: the best of
-    # 0.003, 0.01, 0.03 (full: a tenth) by the loss of seed 0's validation rows, and of more at an
-    # edge. With B = 0 a layer's first step of Adam is proportional to rank x scale x rate, so what
+    # A peak learning rate for all adapters, of which `full` gets a tenth, or RULE:RATE for some and
+    # `full`; default: the best of 0.003, 0.01, 0.03 (full: a tenth) by the loss of seed 0's
+    # validation rows, and of more at an edge. With B = 0 a layer's first step of Adam is proportional to rank x scale x rate, so what
     # is best depends on the ranks.
     lr: tuple[str, ...] = ()
     image_size: Positive = 32  # Images are resized to this.
@@ -366,7 +366,9 @@ def inject(cfg, pairs, model, job, seed, train, values=None):
     """Freeze the base and put adapters on it, with the ranks that the rule starts from."""
     torch.manual_seed(seed)
     selora.inject(model, cfg.targets or None, 0, cfg.capacity)
-    gradients = neyman_gradients(cfg, pairs, model, seed, train)  # only neyman reads them
+    gradients = None
+    if job.rule == "neyman":
+        gradients = neyman_gradients(cfg, pairs, model, seed, train)
     ranks.set_ranks(model, ranks.start_of(model, job, seed, gradients, values))
     if cfg.word_notes:
         words = model.text.words.weight.requires_grad_(True)  # [buckets,Dt]

@@ -121,6 +121,7 @@ PUBLISHED = [
     Published("scarce-generator", [selora("scarce-generator", *SMALL, "--train-share", "0.1", *TEN,
                                           "--table", f"{RUNS}/scarce-none")], needs=("scarce-none",)),
     published("scarce-random", mora("scarce-random", *SCARCE, "--augment", "random:1000")),
+    published("scarce-class", mora("scarce-class", *SCARCE, "--augment", "class:1000")),
     published("scarce-own", mora("scarce-own", *SCARCE, "--augment", "own:1000")),
     published("scarce-drawn", mora("scarce-drawn", *SCARCE, "--augment", f"{RUNS}/scarce-generator:1000"),
               "scarce-generator"),
@@ -366,8 +367,9 @@ def awareness_table(results):
 SCARCE_ROWS = {
     "scarce-none": "nothing added",
     "scarce-random": "1,000 with the real image of a random other patient",
+    "scarce-class": "1,000 with the real image of another patient of their class",
     "scarce-drawn": "1,000 with an image drawn from their words",
-    "scarce-own": "1,000 with their own real image, withheld anew",
+    "scarce-own": "1,000 with their own real image, withheld anew (of those only that have both)",
 }
 
 

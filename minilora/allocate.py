@@ -1,5 +1,5 @@
 """What the components of a trained adapter are worth, for the plans probe-svd and oracle: singular
-vectors, the information of their multipliers, and how much the loss rises without them.
+vectors, the gradients by their multipliers, and how much the loss rises without them.
 
     Delta W / s = U S V^T  ->  row j of B = sigma_j u_j, column j of A = v_j
 
@@ -52,10 +52,12 @@ def to_components(model):
         A.copy_(v if layer.axis == 1 else v.T.reshape(A.shape))
 
 
-def information(model, losses):
-    """{layer: [r] mean over the losses of <B_j, dL/dB_j>^2}: the Fisher information of a multiplier
-    of row j, which does not change when A and B are rescaled against each other. losses: functions
-    without arguments."""
+def multiplier_scores(model, losses):
+    """{layer: [r] mean over the losses of <B_j, dL/dB_j>^2}: the mean square of the gradient by a
+    multiplier of row j, at 1, which does not change when A and B are rescaled against each other.
+
+    losses: functions without arguments. Each is the mean of a batch, so this is no Fisher
+    information, which is a mean over samples."""
     layers = adapters(model)
     parameters = [layer.B for layer in layers.values()]
     sums = [torch.zeros(len(B), dtype=torch.float64, device=B.device) for B in parameters]
@@ -97,7 +99,7 @@ def values_of(rule, cfg, pairs, model, seed, train):
     to_components(model)
     if rule == "oracle":
         return rises(model, fixed_losses(cfg, pairs, model, seed, train, CUTS))
-    return information(model, fixed_losses(cfg, pairs, model, seed, train, looked_at(cfg, rule)))
+    return multiplier_scores(model, fixed_losses(cfg, pairs, model, seed, train, looked_at(cfg, rule)))
 
 
 def read_values(path, layers):

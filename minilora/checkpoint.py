@@ -6,18 +6,17 @@ Skip this file when you read for a method.
 
 import io
 import json
-import math
 import os
 import platform
 import sys
 import time
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from minilora.data import Refused, sha256, write_atomic
+from minilora.data import Refused, as_json, sha256, write_atomic
 from minilora.processes import first, leader, wait
 from minilora.words import TOKENIZER
 
@@ -27,6 +26,9 @@ EARLIER = {"mora": ("prepared", "tokenizer"), "selora": ("prepared", "tokenizer"
 # Of a pretrained base in the layout of transformers, the weights: the first of these that is there.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 RETIRED = {"sample_every"}  # settings of earlier versions, which changed no result
+# What a run's results depend on of another run that a setting names.
+FILES = {"judge": "model.pt", "replay": "metrics.json", "augment": "model.pt"}
+CONTROLS = ("random", "class", "own")  # whose images --augment can take without another run
 HELD = []  # the lock of the run folder in use; the system drops it however the process ends
 
 # What is read of a file of each kind. A type stands for itself (a float may be whole), a number for
@@ -340,16 +342,8 @@ def check_resume(path, saved, model, optimizer):
 
 def write_json(path, value):
     """Write a value as JSON, atomically, in rank 0; NaN becomes null, since JSON has no NaN."""
-
-    def clean(v):
-        if isinstance(v, dict):
-            return {k: clean(x) for k, x in v.items()}
-        if isinstance(v, (list, tuple)):
-            return [clean(x) for x in v]
-        return None if isinstance(v, float) and not math.isfinite(v) else v
-
     if leader():
-        write_atomic(path, json.dumps(clean(value), indent=1, allow_nan=False) + "\n")
+        write_atomic(path, json.dumps(as_json(value), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path, default=None):
@@ -398,14 +392,15 @@ def identity_of(cfg):
         identity["base"] = {"name": folder.name, "sha256": hashes}
     if identity.get("table"):
         run = identity["table"]
-        names = ("config.json", *(f"split-s{seed}.npz" for seed in range(cfg.seeds)))
+        missing = read_json(run / "config.json")["missing"]
+        names = [f"split-s{seed}.npz" for seed in range(cfg.seeds)]
         hashes = {name: sha256(run / name) for name in names}
-        identity["table"] = {"run": run, "sha256": hashes}
-    for key, file in (("judge", "model.pt"), ("replay", "metrics.json"), ("augment", "model.pt")):
+        identity["table"] = {"run": run, "missing": missing, "sha256": hashes}
+    for key, file in FILES.items():
         run = identity.get(key)
         if key == "augment":
             run = str(run or "").rpartition(":")[0]  # RUN:COUNT
-            run = "" if run in ("random", "own") else run  # controls, without a run
+            run = "" if run in CONTROLS else run
         if run:
             identity[key] = {"run": identity[key], "sha256": sha256(Path(run) / file)}
     return json.loads(json.dumps(identity, default=str))
@@ -427,11 +422,13 @@ def open_run(cfg):
     if before is None:
         write_json(path, identity)
         return identity
-    keys = [k for k in {**identity, **before} if identity.get(k) != before.get(k)]
-    keys = [k for k in keys if k not in RETIRED]
-    more = keys == ["seeds"] and type(before["seeds"]) is int and cfg.seeds > before["seeds"]
-    if keys and not more:
-        differs = ", ".join(f"{k} {before.get(k)} there, {identity.get(k)} here" for k in keys[:3])
+    seeds = before.get("seeds")
+    more = type(seeds) is int and 0 < seeds < cfg.seeds
+    same = identity_of(replace(cfg, seeds=seeds)) if more else identity  # with the seeds that it had
+    keys = [k for k in {**same, **before} if same.get(k) != before.get(k) and k not in RETIRED]
+    if keys:
+        keys += ["seeds"] * more
+        differs = ", ".join(change(k, before.get(k), identity.get(k)) for k in keys[:3])
         raise Refused(
             f"{cfg.out} holds a run of another configuration ({differs}, says {path}); choose another --out"
         )
@@ -441,8 +438,27 @@ def open_run(cfg):
         )
     wait()  # all have read what rank 0 writes anew
     if more:
+        if leader():  # the results of fewer seeds go first
+            (cfg.out / "metrics.json").unlink(missing_ok=True)
         write_json(path, identity)
     return identity
+
+
+def change(key, before, now):
+    """How a setting was changed, in words: of a file that has another hash, its name."""
+    values = []
+    for value in (before, now):
+        if isinstance(value, dict):
+            value = " ".join(str(part) for name, part in value.items() if name != "sha256")
+        values.append(value)
+    if values[0] != values[1] or not isinstance(before, dict):
+        return f"{key} {values[0]} there, {values[1]} here"
+    hashes = [value.get("sha256") for value in (before, now)]
+    file = FILES.get(key, "")
+    if all(isinstance(each, dict) for each in hashes):
+        there, here = hashes
+        file = next((name for name in here | there if there.get(name) != here.get(name)), "")
+    return f"{key} {values[0]}: {file or 'the file'} has changed"
 
 
 def hold(folder):

@@ -16,6 +16,7 @@ from minilora import data, metrics
 
 SHOWN = (1, 4, 16)  # images that probabilities are averaged over, a row each
 MOST = max(SHOWN)
+WORDLESS = f"{MOST} images drawn without words"
 # The row before anything is drawn, of models that were trained with absent inputs filled and others.
 BEFORE = {True: "donor's image", False: "words only"}
 
@@ -54,12 +55,14 @@ class Cases:
         return diagnoser.predict(images, notes, self.told(diagnoser), **values)
 
 
-def compare(diagnoser, cases, study, rows, split, drawn, without):
+def compare(diagnoser, cases, study, rows, split, drawn, wordless, without):
     """({row of the table: probabilities [n,C]}, [why a row is missing, ...]) for n samples whose
     images were withheld.
 
     rows [n]: which they are of the study; split: what a run's split-sN.npz holds; drawn [16 or
-    more,n,C]: with each drawn image; without [n,C]: before anything is drawn."""
+    more,n,C]: with each drawn image; wordless [16,n,C]: with each that was drawn by guidance 0, so
+    that what the words add is told from averaging over drawn images; without [n,C]: before anything
+    is drawn."""
     answers = {BEFORE[diagnoser.fills]: without}
     reasons = []
     pool = training_images(study, split)  # [P]
@@ -67,8 +70,9 @@ def compare(diagnoser, cases, study, rows, split, drawn, without):
     groups = data.groups(study)
     one_class = class_row(study)
     for kind, members, counts in (("random", pool, SHOWN), (one_class, pool[first], (MOST,))):
-        chosen = of_others(groups, members, rows)
-        if chosen is None:
+        try:
+            chosen = data.others(groups, members, rows, 0, MOST)  # [n,16]
+        except data.Refused:
             what = "image" if kind == "random" else f"image of {one_class}"
             reasons.append(f"no training {what} of another patient is left by the missing table")
             continue
@@ -77,6 +81,7 @@ def compare(diagnoser, cases, study, rows, split, drawn, without):
             each.append(cases.with_images(study.images[column]).predict(diagnoser))
         answers |= averaged(kind, each, counts)
     answers |= averaged("drawn", drawn, SHOWN)
+    answers[WORDLESS] = np.mean(wordless, 0)
     answers["true image"] = cases.with_images(study.images[rows], own=True).predict(diagnoser)
     return answers, reasons
 
@@ -106,30 +111,20 @@ def training_images(study, split):
     return train[left[train]]
 
 
-def of_others(groups, members, rows, seed=0):
-    """[n,16] of `members` [P], drawn for each of the n rows from those of another group; None where
-    a row has none."""
-    rng = np.random.default_rng((seed, 24))
-    chosen = []
-    for row in rows:
-        apart = members[groups[members] != groups[row]]
-        if not len(apart):
-            return None
-        chosen.append(rng.choice(apart, MOST, replace=len(apart) < MOST))
-    return np.array(chosen)
-
-
-def conclusions(study, labels, answers):
+def conclusions(study, rows, answers):
     """What the n samples can show, {'ours', 'theirs', 'sentence', and what `metrics.paired_samples`
     gives} for each comparison: drawn images against what they have to beat."""
+    labels = study.labels[rows]
+    groups = data.groups(study)[rows]
     drawn = f"{MOST} drawn images"
-    others = [*BEFORE.values(), f"{MOST} random images", f"{MOST} {class_row(study)} images"]
+    others = [*BEFORE.values(), WORDLESS, f"{MOST} random images", f"{MOST} {class_row(study)} images"]
     pairs = [(drawn, other) for other in others]
     pairs += [("true image", other) for other in BEFORE.values()]
     results = []
     for names in pairs:
         if {*names} <= {*answers}:
-            result = metrics.paired_samples(labels, *(answers[name] for name in names))
+            both = [answers[name] for name in names]
+            result = metrics.paired_samples(labels, *both, groups=groups)
             sentence = metrics.verdict_samples(result, names)
             results.append({"ours": names[0], "theirs": names[1], **result, "sentence": sentence})
     return results
@@ -143,14 +138,3 @@ def in_words(scores):
     if without:
         words.append(f"{without} findings without a positive, left out of macro-F1")
     return words
-
-
-def plain(value):
-    """A value as JSON can hold it: None for a number that is NaN."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -11,6 +11,7 @@ Letters: N samples, M modalities, C classes, F numeric columns, P word positions
 import hashlib
 import io
 import json
+import math
 import os
 import sys
 import zipfile
@@ -97,6 +98,17 @@ def npz_bytes(arrays):
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return buffer.getvalue()
+
+
+def as_json(value):
+    """A value as JSON can hold it: numpy's numbers as Python's, None for what is not finite."""
+    if isinstance(value, dict):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_npz(path):
@@ -717,6 +729,25 @@ def groups(study):
             b = root(i)
             parent[max(a, b)] = min(a, b)
     return np.array([root(i) for i in range(len(study))])
+
+
+def others(groups, members, rows, seed, size=None, labels=None):
+    """For each of the n rows a random one of `members` [P] that is of another group, [n], or so many
+    of them, [n,size]; with labels [N] or [N,C], one that has the row's labels.
+
+    groups [N]: as `groups` gives them. `Refused` where a row has no such member."""
+    rng = np.random.default_rng((seed, 24))
+    wanted = "another patient than" if labels is None else "the class, but not the patient, of"
+    labels = np.zeros(len(groups)) if labels is None else labels
+    labels = labels.reshape(len(groups), -1)  # [N,1] or [N,C]
+    chosen = []
+    for row in rows:
+        alike = (labels[members] == labels[row]).all(1)  # [P]
+        choices = members[alike & (groups[members] != groups[row])]
+        if not len(choices):
+            raise Refused(f"no training sample of {wanted} sample {row} is left its image")
+        chosen.append(rng.choice(choices, size, replace=size is None or len(choices) < size))
+    return np.array(chosen)
 
 
 # ----------------------------------------------------------------------------------- model inputs

@@ -148,20 +148,25 @@ def student(df):
     return float(x[1:][np.searchsorted(area, 0.475)])
 
 
-def paired_samples(labels, ours, theirs, seed=0, resamples=1000):
+def paired_samples(labels, ours, theirs, seed=0, resamples=1000, groups=None):
     """What the n test samples of one split can show of two methods, from their probabilities [n,C],
     or [S,n,C] of S seeds: of the macro-F1 of ours minus theirs, averaged over the seeds.
 
     The same keys as `paired` gives: 'low' and 'high' are a 95% interval by bootstrap over the
     samples; 'wins' and 'losses' count samples on which one is right and the other wrong (over seeds
-    and findings: right more often), and 'p' is of their sign test. labels: as in `scores`."""
+    and findings: right more often), and 'p' is of their sign test. labels: as in `scores`.
+
+    groups [n], such as patients, whose samples say the same more than once: then whole groups are
+    resampled, each has one vote, by its right answers in all, and 'groups' says how many there are."""
     methods = [_each_seed(probabilities) for probabilities in (ours, theirs)]
     n = len(labels)
+    _, group = np.unique(np.arange(n) if groups is None else groups, return_inverse=True)  # [n]
+    G = group.max() + 1
     rng = np.random.default_rng(seed)
     # How often each sample is in a resample; the first row is the test samples as they are.
     times = np.ones((resamples + 1, n), np.float32)
     for row in times[1:]:
-        row[:] = np.bincount(rng.integers(0, n, n), minlength=n)
+        row[:] = np.bincount(rng.integers(0, G, G), minlength=G)[group]
     f1s = []  # of each method, [resamples + 1]
     right = []  # of each method, [n]
     for seeds in methods:
@@ -171,9 +176,10 @@ def paired_samples(labels, ours, theirs, seed=0, resamples=1000):
     difference = f1s[0] - f1s[1]
     known = difference[1:][~np.isnan(difference[1:])]
     low, high = np.percentile(known, (2.5, 97.5)) if len(known) else (math.nan, math.nan)
-    wins = int((right[0] > right[1]).sum())
-    losses = int((right[0] < right[1]).sum())
-    return {
+    votes = np.bincount(group, right[0] - right[1])  # [G]
+    wins = int((votes > 0).sum())
+    losses = int((votes < 0).sum())
+    result = {
         "n": n,
         "mean": float(difference[0]),
         "low": float(low),
@@ -182,6 +188,7 @@ def paired_samples(labels, ours, theirs, seed=0, resamples=1000):
         "losses": losses,
         "p": sign_test(wins, losses),
     }
+    return result if groups is None else result | {"groups": int(G)}
 
 
 def _each_seed(probabilities):
@@ -236,8 +243,12 @@ def verdict_samples(result, names, digits=3):
     """The same of what `paired_samples` gives."""
     if math.isnan(result["mean"]):
         return f"{names[0]} against {names[1]}: one has no score, so there is no comparison."
-    wins = f"better on {result['wins']} samples, worse on {result['losses']}"
     number = f"{result['n']} samples"
+    voters = "samples"
+    if result.get("groups", result["n"]) < result["n"]:
+        number += f" of {result['groups']} patients"
+        voters = "patients"
+    wins = f"better on {result['wins']} {voters}, worse on {result['losses']}"
     return _sentence(result, names, shown(result), number, wins, " macro-F1", digits)
 
 

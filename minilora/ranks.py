@@ -49,7 +49,8 @@ def plan(model, rule, budget, gradients=None, values=None, seed=0):
                   `full_gradients` of two or more batches, at B = 0
     probe-svd     the components of most value per parameter; values {name: [value of each component
                   of the layer]}, as `allocate.py` finds them
-    oracle        the same by other values
+    oracle        the same by what the loss of a whole training rises by without a component: a
+                  costly control, no upper bound
     shuffled      the ranks of probe-svd, permuted among layers of equal cost by the seed
 
     Rank 0 is allowed, none is above `highest`. ValueError: unknown rule, fewer than two batches, a
@@ -339,28 +340,14 @@ def cost_of(model, ranks):
 
 
 def given_rates(cfg):
-    """{rule or '': rate} of --lr, each RATE or RULE:RATE. ValueError: another text, or rule."""
-    given = {}
-    for text in cfg.lr:
-        rule, _, number = text.rpartition(":")
-        try:
-            rate = float(number)
-        except ValueError:
-            rate = -1.0
-        if not 0 < rate < 10 or rule not in ("", "full", *RULES):
-            raise ValueError(
-                f"learning rate '{text}' must be RATE or RULE:RATE with a rate in (0,10) and a rule "
-                f"of full, {', '.join(RULES)}"
-            )
-        given[rule] = rate
-    return given
+    """{rule: rate} of --lr, for the rules that run: of one rate for all, `full` gets a tenth."""
+    names = dict.fromkeys(job.rule for job in jobs_of(cfg, 1) if job.rule != "unadapted")
+    return rates.given(cfg.lr, names, "RULE", tenth="full")
 
 
-def file_of(cfg, job, seed, lr=None):
-    """Where a job's content is kept; with a rate, that of a trial which may be chosen."""
-    name = job.name.replace(" ", "-")
-    folder, end = ("adapters", f"s{seed}") if lr is None else ("picks", f"{lr:g}")
-    return cfg.out / f"{folder}/{name}-{end}.pt"
+def file_of(cfg, job, seed):
+    """Where a job's content is kept."""
+    return cfg.out / f"adapters/{job.name.replace(' ', '-')}-s{seed}.pt"
 
 
 def pick_rate(cfg, jobs, rule, train):
@@ -369,26 +356,18 @@ def pick_rate(cfg, jobs, rule, train):
 
     A rule of several rows is tried on the row at the budget of uniform rank 2, or on its first. The
     best trial is that row's run at seed 0; of the others the scores are kept."""
-    given = given_rates(cfg)
-    if rule == "unadapted":
-        return 0.0, {}
-    if rule in given or "" in given:
-        return given.get(rule, given.get("")), {}
+    given = given_rates(cfg) | {"unadapted": 0.0}
+    if rule in given:
+        return given[rule], {}
     rows = [job for job in jobs if job.rule == rule]
     # A row that takes its budget from another comes after that one only in the table's order.
     job = next((job for job in rows if job.name == f"{rule} r2" and not job.of), rows[0])
 
-    def score_of(lr):
-        return -train(job, 0, lr, file_of(cfg, job, 0, lr))["result"]["val_loss"]
+    def score_of(lr, path):
+        return -train(job, 0, lr, path)["result"]["val_loss"]
 
-    best, scores = rates.pick(GRID_FULL if rule == "full" else GRID, score_of)
-    path = file_of(cfg, job, 0)
-    if not path.exists():
-        checkpoint.link(file_of(cfg, job, 0, best), path)
-    for lr in scores:
-        other = file_of(cfg, job, 0, lr)
-        if lr != best and other.exists():
-            checkpoint.drop_weights(other)
+    grid = GRID_FULL if rule == "full" else GRID
+    best, scores = rates.chosen(cfg.out, job.name.replace(" ", "-"), grid, score_of)
     losses = {lr: -score for lr, score in scores.items()}
     print(f"{job.name}: learning rate by the loss on the validation rows at seed 0: "
           f"{rates.described(best, losses)}")
@@ -510,8 +489,7 @@ def work_ahead(cfg, jobs):
     trained = [job for job in jobs if job.rule != "unadapted"]
     runs = len(trained) * cfg.seeds
     rules = {job.rule for job in trained}
-    if "" not in given:
-        runs += sum(len(GRID) - 1 for rule in rules if rule not in given)
+    runs += (len(GRID) - 1) * len(rules - given.keys())
     return f"at least {runs} runs of {cfg.steps} steps"
 
 

@@ -3,6 +3,8 @@ when you read for a method."""
 
 import math
 
+from minilora import checkpoint
+from minilora.data import Refused
 from minilora.loop import NotFinite
 
 RATES = tuple(float(f"{digit}e{power}") for power in range(-6, 1) for digit in (1, 3))
@@ -50,6 +52,51 @@ def best_of(scores):
                         "finite score")
     best = [rate for rate in sorted(scores) if scores[rate] == top]
     return best[len(best) // 2]
+
+
+def chosen(out, name, grid, score_of):
+    """What `pick` gives, where score_of(rate, path) scores a training of seed 0 and leaves it in a
+    file of the run folder `out`. The best is seed 0's run: it is not trained again. Of the others
+    the scores are kept, without weights."""
+
+    def file_of(rate):
+        return out / f"picks/{name}-{rate:g}.pt"
+
+    best, scores = pick(grid, lambda rate: score_of(rate, file_of(rate)))
+    kept = out / f"adapters/{name}-s0.pt"
+    if not kept.exists():
+        checkpoint.link(file_of(best), kept)
+    for rate in scores:
+        if rate != best and file_of(rate).exists():  # without a file it did not stay finite
+            checkpoint.drop_weights(file_of(rate))
+    return best, scores
+
+
+def given(texts, names, kind, tenth=""):
+    """{name: rate} of --lr, each RATE or NAME:RATE of the `kind` (METHOD, RULE) of names that run here.
+    RATE is for all of these that have none of their own; the one called `tenth` gets a tenth of it.
+
+    `Refused`: another text, a name that does not run, two rates for one name or for all."""
+    rates = {}
+    for text in texts:
+        name, _, number = text.rpartition(":")
+        try:
+            rate = float(number)
+        except ValueError:
+            rate = -1.0
+        if not 0 < rate < 10:
+            raise Refused(
+                f"learning rate '{text}' must be RATE or {kind}:RATE with a rate in (0,10)"
+            )
+        if name not in ("", *names):
+            raise Refused(f"learning rate '{text}': {name} does not run here, only {', '.join(names)}")
+        if name in rates:
+            raise Refused(f"--lr gives two rates for {name or 'all'}: {rates[name]:g} and {rate:g}")
+        rates[name] = rate
+    if "" in rates:
+        shared = rates.pop("")
+        rates = {name: shared / 10 if name == tenth else shared for name in names} | rates
+    return rates
 
 
 def described(best, scores):

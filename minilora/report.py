@@ -137,7 +137,9 @@ def over_tests(results):
 def over_samples(study, rows):
     """{row: `metrics.paired_samples` of MoRA and the row}: where there is one split, seeds do not
     show how much depends on which samples it tests."""
-    labels = study.labels[(study.fixed_split == 2) & study.labelled]
+    test = np.flatnonzero((study.fixed_split == 2) & study.labelled)
+    labels = study.labels[test]
+    groups = data.groups(study)[test]
 
     def probabilities(results):
         first = [next(iter(result["by_test"].values())) for result in results]
@@ -145,7 +147,7 @@ def over_samples(study, rows):
 
     ours = probabilities(rows["mora"])
     others = {name: probabilities(results) for name, results in rows.items() if name != "mora"}
-    return {name: metrics.paired_samples(labels, ours, p) for name, p in others.items()}
+    return {name: metrics.paired_samples(labels, ours, p, groups=groups) for name, p in others.items()}
 
 
 def by_seed(rows):

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from minilora import data, metrics, words
-from minilora.compare import MOST, Cases, compare, conclusions, in_words, plain
+from minilora.compare import MOST, Cases, compare, conclusions, in_words
 from minilora.data import Refused
 from minilora.serve import Diagnoser, Synthesizer, check, fill_in, own_manifest, tolerance
 
@@ -305,7 +305,7 @@ def predict_file(diagnoser, args):
     if args.scores:
         content = {"data": args.data.name, "missing": args.missing, "samples": len(rows)}
         content |= {"labelled": labelled.sum(), "present": counts, "scores": scores}
-        content = plain(content | {"filled_in": comparison})
+        content = data.as_json(content | {"filled_in": comparison})
         data.write_atomic(args.scores, json.dumps(content, indent=1, allow_nan=False) + "\n")
         print(f"scores: {args.scores}")
 
@@ -483,30 +483,37 @@ class Drawing:
         draws = args.draws
         if withheld.any():
             draws = max(MOST, draws)
-        values = dict(cases.values)
-        del values["image"]
-        notes = values.pop("note")
-        drawing = (draws, args.steps, args.guidance, args.grain, cases.told(self.diagnoser))
-        each = fill_in(self.diagnoser, synthesizer, notes, values, *drawing)  # [draws,n,C]
+        each = self.drawn(synthesizer, cases, draws, args.guidance)  # [draws,n,C]
         comparison = None
         if withheld.any():
             part = cases.take(withheld)
-            chosen = rows[withheld]
-            comparison = self.compare(part, chosen, each[:, withheld], without[withheld])
+            wordless = self.drawn(synthesizer, part, MOST, 0.0)
+            answers = (each[:, withheld], wordless, without[withheld])
+            comparison = self.compare(part, rows[withheld], *answers)
         else:
             print("no labelled sample's image was withheld, so drawn images are compared with none; "
                   "--split RUN/split-sN.npz --missing TYPE:RATE withholds some")
         return each[: args.draws].mean(0), comparison
 
-    def compare(self, cases, rows, each, without):
+    def drawn(self, synthesizer, cases, draws, guidance):
+        """Probabilities [draws,n,C] of n cases, with each image that is drawn for them."""
+        args = self.args
+        values = dict(cases.values)
+        del values["image"]
+        notes = values.pop("note")
+        drawing = (draws, args.steps, guidance, args.grain, cases.told(self.diagnoser))
+        return fill_in(self.diagnoser, synthesizer, notes, values, *drawing)
+
+    def compare(self, cases, rows, each, wordless, without):
         """What is printed, and written with --scores, of n labelled samples whose image was
-        withheld; each [draws,n,C]: with each drawn image."""
+        withheld; each [draws,n,C]: with each drawn image; wordless: of those by guidance 0."""
         args = self.args
         study = self.study
-        answers, reasons = compare(self.diagnoser, cases, study, rows, self.split, each, without)
+        drawn = (each, wordless, without)
+        answers, reasons = compare(self.diagnoser, cases, study, rows, self.split, *drawn)
         labels = study.labels[rows]
         scores = {name: metrics.scores(labels, p) for name, p in answers.items()}
-        found = conclusions(study, labels, answers)
+        found = conclusions(study, rows, answers)
         print(
             f"{len(rows)} labelled samples whose image was withheld, with random training images of "
             f"other patients, with drawn ones ({args.steps} steps, guidance {args.guidance:g}"

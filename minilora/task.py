@@ -16,6 +16,7 @@ import torch
 
 from minilora import checkpoint, data, diffusion, metrics
 from minilora.baselines import scores_of
+from minilora.checkpoint import CONTROLS
 from minilora.data import Refused
 from minilora.models import check_base, check_entries, count, image_digests
 from minilora.models import kept_weights, load_selora, make_vit, note_encoder, ranks_in
@@ -33,8 +34,7 @@ OF_THE_BASE = ("source", "pretrain_steps", "preset", "patch", "width", "depth", 
 
 
 def check(cfg):
-    """Refuse what cannot be run, before data is read; returns ({method or '': lr}, (kept method,
-    seed))."""
+    """Refuse what cannot be run, before data is read; returns (kept method, seed)."""
     for method in cfg.methods:
         if method not in METHODS:
             raise Refused(f"method '{method}' is not known; use {', '.join(METHODS)}")
@@ -51,8 +51,8 @@ def check(cfg):
     run, _, number = cfg.augment.rpartition(":")
     if cfg.augment and not (run and number.isdecimal() and int(number)):
         raise Refused(
-            f"--augment '{cfg.augment}' must be SELORA_RUN:COUNT, random:COUNT or own:COUNT with a "
-            "count of at least 1"
+            f"--augment '{cfg.augment}' must be SELORA_RUN:COUNT, random:COUNT, class:COUNT or own:COUNT "
+            "with a count of at least 1"
         )
     check_words(cfg)
     if cfg.base:
@@ -66,21 +66,7 @@ def check(cfg):
     sizes |= {"depth": 1, "heads": cfg.heads}
     with data.refusing():  # sizes that do not fit together
         make_vit({"absent": cfg.absent, **({} if cfg.base else sizes)})
-    return dict(map(parse_rate, cfg.lr)), kept_job(cfg)
-
-
-def parse_rate(text):
-    """(method or '', learning rate) of RATE or METHOD:RATE."""
-    method, _, rate = text.rpartition(":")
-    try:
-        lr = float(rate)
-    except ValueError:
-        lr = -1.0
-    if not 0 < lr < 10 or (method and method not in METHODS):
-        raise Refused(
-            f"learning rate '{text}' must be RATE or METHOD:RATE with a rate in (0,10)"
-        )
-    return method, lr
+    return kept_job(cfg)
 
 
 def kept_job(cfg):
@@ -311,7 +297,7 @@ def work_ahead(cfg, vit_config, rates, grid):
     """A line per method: what its adapter and head hold, and how many runs follow, one for each
     learning rate of the grid where none is given."""
     for method in cfg.methods:
-        tries = 1 if method in rates or "" in rates else len(grid)
+        tries = 1 if method in rates else len(grid)
         number = cfg.seeds - 1 + tries
         runs = "1 run" if number == 1 else f"{'' if tries == 1 else 'at least '}{number} runs"
         with torch.device("meta"):  # sizes only: nothing is allocated or drawn
@@ -475,8 +461,8 @@ def draw_studies(cfg, study, draw, seed, device):
     """Studies to add for --augment: which training sample each takes words, numbers and label from
     (`source`), its image, its presence.
 
-    The image is drawn from the words by a run of SeLoRA; `random`: it is another patient's;
-    `own`: the sample's own. Nothing is used that the training table withheld: neither words,
+    The image is drawn from the words by a run of SeLoRA; `random`: it is another patient's; `class`:
+    another patient's who has the same labels; `own`: the sample's own. Nothing is used that the training table withheld: neither words,
     numbers and images here, nor pairs that taught SeLoRA."""
     run, _, count = cfg.augment.rpartition(":")
     if not {"image", "note"} <= set(study.modalities):
@@ -495,8 +481,12 @@ def draw_studies(cfg, study, draw, seed, device):
     source = source_rows(worded, usable, int(count), seed)
     if run == "own":
         images = study.images[source]
-    elif run == "random":
-        images = study.images[others_of(source, train[has_image[train]], study, seed)]
+    elif run in CONTROLS:
+        labels = study.labels if run == "class" else None
+        imaged = train[has_image[train]]
+        with data.refusing(f"--augment {run}, seed {seed}"):
+            donors = data.others(data.groups(study), imaged, source, seed, labels=labels)
+        images = study.images[donors]
     else:
         whole = train[(has_image & has_note)[train]]
         images = drawn_images(cfg, run, study, source, train, whole, seed, device)
@@ -538,20 +528,6 @@ def source_rows(worded, usable, count, seed):
         more = worded[rng.integers(0, len(worded), count)]
         rows = np.concatenate([rows, more[usable[more]]])
     return rows[:count]
-
-
-def others_of(source, imaged, study, seed):
-    """[n] of the rows `imaged`: for each source row a random one of another patient."""
-    group = data.groups(study)  # [N]
-    rng = np.random.default_rng((seed, 24))
-    rows = []
-    for row in source:
-        others = imaged[group[imaged] != group[row]]
-        if not len(others):
-            raise Refused(f"--augment random: no training sample of seed {seed} that is left its "
-                          f"image is of another patient than sample {row}")
-        rows.append(rng.choice(others))
-    return np.array(rows)
 
 
 def drawn_images(cfg, run, study, source, train, whole, seed, device):

@@ -38,6 +38,46 @@ def test_paired_samples_is_a_bootstrap_over_the_samples(several):
     assert one == metrics.paired_samples(labels, ours[:1], theirs[:1]) and one["mean"] != result["mean"]
 
 
+def test_samples_of_one_group_are_resampled_and_vote_together():
+    rng, n, C = np.random.default_rng(6), 60, 4
+    labels, groups = rng.integers(0, C, n), rng.integers(0, 20, n) * 7
+    ours, theirs = draws((2, n, C), rng), draws((2, n, C), rng)
+    score = lambda p, rows: metrics.scores(labels[rows], p[rows])["macro_f1"]
+    gap = lambda rows: np.mean([score(a, rows) - score(b, rows) for a, b in zip(ours, theirs)])
+    names, generator = np.unique(groups), np.random.default_rng(3)
+    members = [np.flatnonzero(groups == name) for name in names]
+    resampled = [gap(np.concatenate([members[g] for g in generator.integers(0, len(names), len(names))])) for _ in range(200)]
+    result = metrics.paired_samples(labels, ours, theirs, 3, 200, groups)
+    assert result["n"] == n and result["groups"] == len(names) == 19 and abs(result["mean"] - gap(np.arange(n))) < 1e-9
+    np.testing.assert_allclose((result["low"], result["high"]), np.percentile(resampled, (2.5, 97.5)), atol=1e-9)
+    more = (ours.argmax(2) == labels).sum(0) - (theirs.argmax(2) == labels).sum(0)
+    votes = [more[rows].sum() for rows in members]
+    wins, losses = sum(vote > 0 for vote in votes), sum(vote < 0 for vote in votes)
+    assert (result["wins"], result["losses"], result["p"]) == (wins, losses, metrics.sign_test(wins, losses)) and wins + losses < 19
+    single = metrics.paired_samples(labels, ours, theirs, 3, 200, np.arange(n)[::-1] * 3)
+    plain = metrics.paired_samples(labels, ours, theirs, 3, 200)
+    assert single["groups"] == n and all(single[key] == plain[key] for key in ("mean", "wins", "losses", "p"))
+
+
+def test_copies_of_samples_show_no_more_than_the_samples():
+    """Ten patients of whom each is ten samples: as independent samples they would show a difference."""
+    labels, patients = np.repeat(np.arange(10) % 2, 10), np.repeat(np.arange(10), 10)
+    right = np.eye(2)[labels]
+    mixed = np.where((patients < 4)[:, None], 1 - right, right)
+    assert metrics.verdict_samples(metrics.paired_samples(labels, right, mixed), ("a", "b")).startswith("a beats b")
+    result = metrics.paired_samples(labels, right, mixed, groups=patients)
+    assert (result["wins"], result["losses"], result["p"]) == (4, 0, 0.125)
+    said = metrics.verdict_samples(result, ("a", "b"))
+    assert said.startswith("No difference that 100 samples of 10 patients can show between a and b: ") and "better on 4 patients, worse on 0" in said
+    study = phantoms(100, 3)
+    study.patients = np.array([f"p{i // 10}" for i in range(100)])
+    study.labels[:] = labels
+    p, q = (np.pad(each, ((0, 0), (0, 2))) for each in (right, mixed))
+    rows = np.arange(20, 60)
+    found = compare.conclusions(study, rows, {"16 drawn images": p[rows], compare.WORDLESS: q[rows], "words only": q[rows]})
+    assert [each["theirs"] for each in found] == ["words only", "16 images drawn without words"] and all(each["groups"] == 4 for each in found)
+
+
 def test_the_interval_covers_no_difference_as_often_as_it_says():
     rng, covered = np.random.default_rng(1), 0
     for k in range(100):
@@ -82,10 +122,15 @@ def test_random_images_are_of_other_patients_that_the_table_left():
     pool = compare.training_images(s, split)
     assert [*pool] == [i for i in range(40) if i != 5 and not 10 <= i < 20]
     rows, groups = np.arange(40, 60), data.groups(s)
-    chosen = compare.of_others(groups, pool, rows)
+    chosen = data.others(groups, pool, rows, 0, 16)
     assert chosen.shape == (20, 16) and np.isin(chosen, pool).all() and (chosen % 20 != (rows % 20)[:, None]).all()
-    assert all(len({*row}) == 16 for row in chosen) and (compare.of_others(groups, pool, rows) == chosen).all() and len(np.unique(chosen)) > 20
-    assert compare.of_others(groups, pool[:1], rows[1:]).shape == (19, 16) and compare.of_others(groups, pool[:1], rows) is None
+    assert all(len({*row}) == 16 for row in chosen) and (data.others(groups, pool, rows, 0, 16) == chosen).all() and len(np.unique(chosen)) > 20
+    assert data.others(groups, pool[:1], rows[1:], 0, 16).shape == (19, 16)
+    for members in (pool[:1], pool[:0]):
+        with pytest.raises(data.Refused, match="no training sample of another patient than sample 40 is left its image"):
+            data.others(groups, members, rows, 0, 16)
+    one = data.others(groups, pool, rows, 1, labels=s.labels)
+    assert one.shape == (20,) and (s.labels[one] == s.labels[rows]).all() and (one % 20 != rows % 20).all()
 
 
 def test_other_images_are_not_the_samples_own():

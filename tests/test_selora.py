@@ -15,7 +15,7 @@ import torch.nn.utils.prune
 from torch import nn
 
 from minilora import selora
-from minilora.allocate import information, rises, to_components
+from minilora.allocate import multiplier_scores, rises, to_components
 from minilora.ranks import PLANS, Job, apportion, full_gradients, highest, openings, plan, probe_of, savings, set_ranks, start_of
 from minilora.selora import FisherProbe, LoRAConv2d, LoRALinear, Score, adapters, fisher_loop, grow, inject
 
@@ -849,9 +849,9 @@ def multiplied(model, loss):
     return {name: g.flatten() for name, g in zip(ones, found)}
 
 
-def test_information_is_that_of_a_multiplier_of_each_row():
+def test_scores_of_multipliers_are_mean_squares_of_their_gradients():
     model, losses = trained()
-    found = information(model, losses)
+    found = multiplier_scores(model, losses)
     each = [multiplied(model, loss) for loss in losses]
     for name, layer in adapters(model).items():
         expected = sum(gradients[name] ** 2 for gradients in each) / len(each)
@@ -862,7 +862,7 @@ def test_information_is_that_of_a_multiplier_of_each_row():
             factor = torch.linspace(0.1, 9, 4, dtype=torch.float64) * (k + 1)
             layer.A.mul_(factor.reshape([-1 if d == layer.axis else 1 for d in range(layer.A.dim())]))
             layer.B.div_(factor[:, None])
-    again = information(model, losses)
+    again = multiplier_scores(model, losses)
     assert all(again[name] == pytest.approx(found[name], rel=1e-9) for name in found)
     assert not any(p.grad is not None for p in model.parameters())
 

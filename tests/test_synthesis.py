@@ -296,7 +296,7 @@ def test_predict_file_fills_in_marks_the_rows_and_compares(drawn, tiny, tmp_path
     serve_cli.main(["predict", *common, "--out", "plain.csv"])
     serve_cli.main(["predict", *common, "--out", "filled.csv", "--synthesizer", str(drawn / "neyman/onnx"), "--draws", str(n), "--steps", "2"])
     said = capsys.readouterr().out
-    assert all(f"  {name} " in said for name in ("words only", "1 drawn", "4 drawn", "16 drawn", "true image", "1 random", "4 random", "16 random", "16 'healthy'"))
+    assert all(f"  {name} " in said for name in ("words only", "1 drawn", "4 drawn", "16 drawn", "true image", "1 random", "4 random", "16 random", "16 'healthy'", "16 images drawn without words"))
     plain, filled = ([line.split(",") for line in open(f).read().splitlines()] for f in ("plain.csv", "filled.csv"))
     study, present = data.load_study(run / "phantoms.npz"), np.load(run / "split-s0.npz")["present image:0.5"]
     diagnoser, synthesizer = Diagnoser(run / "onnx", "cpu"), Synthesizer(drawn / "neyman/onnx", "cpu")
@@ -337,7 +337,10 @@ def test_filling_in_stands_beside_its_controls(drawn, tiny, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     argv = ["predict", run / "onnx", "--data", run / "phantoms.npz", "--split", run / "split-s0.npz", "--missing", "any:0.7", "--scores", "s.json", "--out", "p.csv",
             "--synthesizer", drawn / "neyman/onnx", "--steps", "2", "--draws", "2"]
+    guidances = []
+    monkeypatch.setattr(serve_cli, "fill_in", lambda *a: guidances.append((a[4], a[6])) or serve.fill_in(*a))
     serve_cli.main([str(a) for a in argv])
+    assert guidances == [(16, 3.0), (16, 0.0)]  # with the words, and without
     said, content = capsys.readouterr().out, json.loads(open("s.json").read())["filled_in"]
     study, split = data.load_study(run / "phantoms.npz"), data.read_npz(run / "split-s0.npz")
     present = split["present any:0.7"]
@@ -358,12 +361,13 @@ def test_filling_in_stands_beside_its_controls(drawn, tiny, tmp_path, monkeypatc
 
     images = [synthesizer.sample(notes, 2, 3.0, seed=k) for k in range(16)]
     wanted = {f"{k} drawn image{'s' * (k > 1)}": np.mean([told(one) for one in images[:k]], 0) for k in (1, 4, 16)}
+    wanted["16 images drawn without words"] = np.mean([told(synthesizer.sample([""] * len(rows), 2, 1.0, seed=k)) for k in range(16)], 0)
     wanted["true image"] = told(study.images[rows], own=True)
     wanted[before] = told(study.images[split["donors"][rows, 0]]) if filled else told(None)
     pool = split["train"][present[split["train"], 0]]
     assert 0 < len(pool) < len(split["train"])
     for kind, members in (("random", pool), ("'healthy'", pool[study.labels[pool] == 0])):
-        chosen = compare.of_others(data.groups(study), members, rows)
+        chosen = data.others(data.groups(study), members, rows, 0, 16)
         assert chosen.shape == (len(rows), 16) and np.isin(chosen, members).all() and not np.isin(chosen, rows).any()
         each = [told(study.images[column]) for column in chosen.T]
         wanted |= {f"{k} {kind} image{'s' * (k > 1)}": np.mean(each[:k], 0) for k in ((1, 4, 16) if kind == "random" else (16,))}
@@ -371,7 +375,7 @@ def test_filling_in_stands_beside_its_controls(drawn, tiny, tmp_path, monkeypatc
     for name, p in wanted.items():
         for k, value in metrics.scores(labels, p).items():
             assert abs(content["rows"][name][k] - value) < 1e-6, name
-    pairs = [("16 drawn images", other) for other in (before, "16 random images", "16 'healthy' images")] + [("true image", before)]
+    pairs = [("16 drawn images", other) for other in (before, "16 images drawn without words", "16 random images", "16 'healthy' images")] + [("true image", before)]
     assert [(c["ours"], c["theirs"]) for c in content["comparisons"]] == pairs and content["left_out"] == []
     for c in content["comparisons"]:
         again = metrics.paired_samples(labels, wanted[c["ours"]], wanted[c["theirs"]])
@@ -404,12 +408,12 @@ def test_rows_that_cannot_be_compared_are_said(drawn, tiny, tmp_path, monkeypatc
     serve_cli.main([*argv, "--split", "left.npz"])
     assert "no training image of 'healthy' of another patient is left by the missing table" in capsys.readouterr().out
     content = json.loads(open("s.json").read())["filled_in"]
-    assert "16 random images" in content["rows"] and not any("healthy" in name for name in content["rows"]) and len(content["comparisons"]) == 3
+    assert "16 random images" in content["rows"] and not any("healthy" in name for name in content["rows"]) and len(content["comparisons"]) == 4
     split[key][split["train"], 0] = False
     np.savez("left.npz", **split)
     serve_cli.main([*argv, "--split", "left.npz"])
     assert "no training image of another patient is left by the missing table" in capsys.readouterr().out
-    assert len(json.loads(open("s.json").read())["filled_in"]["comparisons"]) == 2
+    assert len(json.loads(open("s.json").read())["filled_in"]["comparisons"]) == 3
 
 
 def test_a_folder_whose_absent_inputs_are_filled_is_served_with_drawn_images(drawn, tiny, tmp_path, monkeypatch, capsys):
@@ -622,7 +626,8 @@ def test_synthetic_studies_join_the_training_split_only(drawn, tmp_path, monkeyp
 def test_controls_of_synthetic_studies_need_no_run_and_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "random").mkdir()  # the name of a control wins over a folder
-    for control in ("random", "own"):
+    (tmp_path / "class").mkdir()
+    for control in ("random", "class", "own"):
         argv = [*SCARCE, "--out", f"r-{control}", "--augment", f"{control}:30"]
         train_mora.main(argv)
         real = len(np.load(f"r-{control}/split-s0.npz")["train"])
@@ -631,8 +636,9 @@ def test_controls_of_synthetic_studies_need_no_run_and_go_on(tmp_path, monkeypat
         train_mora.main([*argv, "--resume"])
     said = refused_in(tmp_path, train_mora.main, *SCARCE, "--out", "r-own", "--augment", "own:31", "--resume")
     assert "augment own:30 there, own:31 here" in said
-    random, own = (np.load(tmp_path / f"r-{control}/split-s0.npz") for control in ("random", "own"))
+    random, alike, own = (np.load(tmp_path / f"r-{control}/split-s0.npz") for control in ("random", "class", "own"))
     assert (random["train"] == own["train"]).all() and not np.array_equal(random["synthetic images"], own["synthetic images"])
+    assert (random["synthetic source"] == alike["synthetic source"]).all() and not np.array_equal(random["synthetic images"], alike["synthetic images"])
 
 
 def withheld_study(seed, content):
@@ -651,7 +657,7 @@ def withheld_study(seed, content):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("kind", ["random", "own", "run"])
+@pytest.mark.parametrize("kind", ["random", "class", "own", "run"])
 def test_what_the_table_withheld_is_not_in_added_studies(kind, seed, tmp_path, monkeypatch):
     """Neither a word, nor an image, nor a number of it; and other content in its place changes nothing."""
     notes, results = [], []
@@ -675,29 +681,41 @@ def test_what_the_table_withheld_is_not_in_added_studies(kind, seed, tmp_path, m
     assert len(notes) == 2 * (kind == "run") and not any("withheld" in note for texts in notes for note in texts)
 
 
-def test_controls_take_another_patient_s_image_or_the_sample_s_own():
+@pytest.mark.parametrize("several", [False, True], ids=["classes", "findings"])
+def test_controls_take_another_patient_s_image_or_the_sample_s_own(several):
     study, draw = withheld_study(3, 1)
     table, train = draw["tables"]["any:0.7"], draw["parts"]["train"]
     study.images[train[5]] = study.images[train[60]]  # patients who share a picture are one group
+    if several:  # two findings, the second often unlabelled: the whole row counts
+        study.labels = np.stack([study.labels // 2, np.where(np.arange(150) % 3, study.labels % 2, -1)], 1)
     group = data.groups(study)
     row_of = {image.tobytes(): i for i, image in enumerate(study.images)}
     added = {}
-    for control in ("random", "own"):
+    for control in ("random", "class", "own"):
         cfg = train_mora.Config(augment=f"{control}:200", image_size=32)
         added[control] = draw_studies(cfg, study, draw, 3, "cpu")
         again = draw_studies(cfg, study, draw, 3, "cpu")
         assert all(np.array_equal(added[control][k], again[k]) for k in again)
     source, own = added["random"]["source"], added["own"]["source"]
-    donors = np.array([row_of[image.tobytes()] for image in added["random"]["images"]])
-    assert np.isin(donors, train).all() and table[donors, 0].all() and (group[donors] != group[source]).all()
-    labels = study.labels
-    assert abs((labels[donors] == labels[source]).mean() - 0.25) < 0.12, "the image says nothing about the label"
-    assert len({*donors}) > 0.7 * table[train, 0].sum()
+    assert (added["class"]["source"] == source).all()
+    labels = study.labels.reshape(150, -1)
+    for control in ("random", "class"):
+        donors = np.array([row_of[image.tobytes()] for image in added[control]["images"]])
+        assert np.isin(donors, train).all() and table[donors, 0].all() and (group[donors] != group[source]).all()
+        assert len({*donors}) > 0.7 * table[train, 0].sum()
+        same = (labels[donors] == labels[source]).all(1).mean()
+        assert same == 1 if control == "class" else same < 0.4, "a random image says nothing about the label"
     assert (added["own"]["images"] == study.images[own]).all() and table[own][:, :2].all()
     both = source[table[source, 0]]  # the rows of the two controls are the same, as far as they can be
     assert 10 < len(both) < 200 and (own[: len(both)] == both).all()
+    first = source[0]
+    alike = (labels == labels[first]).all(1)
+    study.patients[alike] = "one"  # each of the label is the same patient, others are not
+    with pytest.raises(Refused, match=r"--augment class, seed 3: no training sample of the class, but not the patient, of sample \d+ is left its image"):
+        draw_studies(train_mora.Config(augment="class:200", image_size=32), study, draw, 3, "cpu")
+    draw_studies(train_mora.Config(augment="random:200", image_size=32), study, draw, 3, "cpu")
     study.patients[:] = "one"
-    with pytest.raises(Refused, match="--augment random: no training sample of seed 3 that is left its image is of another patient than sample"):
+    with pytest.raises(Refused, match=f"--augment random, seed 3: no training sample of another patient than sample {first} is left its image"):
         draw_studies(train_mora.Config(augment="random:9", image_size=32), study, draw, 3, "cpu")
 
 

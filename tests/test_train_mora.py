@@ -60,6 +60,7 @@ def test_model_pt_rebuilds_the_model_alone(tiny):
     folder, run = tiny
     saved = checkpoint.load(run / "model.pt", "mora")
     adapter = saved["adapter"]
+    assert "result" not in adapter and "result" in checkpoint.load(run / "adapters/mora-s0.pt")  # a model says nothing of the test samples
     model = build(saved["config"], saved["base"], adapter["method"], adapter["rank"], 0, adapter["state"])
     study = data.load_study(run / "phantoms.npz").select(("image", "note", "vitals"))
     scales = {k: [np.array(x, np.float32) for x in v] for k, v in adapter["scales"].items()}
@@ -95,6 +96,49 @@ def test_seeds_can_be_added_to_a_finished_run(tmp_path, monkeypatch, refused):
     assert files(tmp_path / "whole", *names) == files(tmp_path / "r", *names)
     said = refused(train_mora.main, *argv, "--seeds", "1", "--out", "r", "--resume")
     assert "seeds 2 there, 1 here" in said  # fewer would hide what is there
+
+
+def test_scores_of_fewer_seeds_never_stand_beside_a_configuration_of_more(tmp_path, monkeypatch):
+    """Wherever it stops: before config.json is written anew, or in the first training after it."""
+    monkeypatch.chdir(tmp_path)
+    argv = [arg for arg in SHORT if arg not in ("--seeds", "1")]
+    train_mora.main([*argv, "--seeds", "2", "--out", "whole"])
+    train_mora.main([*argv, "--seeds", "1", "--out", "r"])
+    before = files(tmp_path / "r", "metrics.json", "config.json")
+    run, more = tmp_path / "r", [*argv, "--seeds", "2", "--out", "r", "--resume"]
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_json", stop)
+        with pytest.raises(SystemExit):
+            train_mora.main(more)
+    assert not (run / "metrics.json").exists() and files(run, "config.json")["config.json"] == before["config.json"]
+    train_mora.main([*argv, "--seeds", "1", "--out", "r", "--resume"])
+    assert files(run, "metrics.json", "config.json") == before
+    with monkeypatch.context() as patched:
+        patched.setattr(train_mora, "adapt", stop)
+        with pytest.raises(SystemExit):
+            train_mora.main(more)
+    assert json.loads((run / "config.json").read_text())["seeds"] == 2 and not (run / "metrics.json").exists()
+    train_mora.main(more)
+    names = ("metrics.json", "config.json", "adapters/mora-s1.pt", "model.pt")
+    assert files(run, *names) == files(tmp_path / "whole", *names)
+
+
+def test_a_file_that_changed_is_named_without_its_hash(tmp_path, refused):
+    data.save_study(tmp_path / "d.npz", phantoms(240, 2).select(("image", "note")))
+    argv = [arg for arg in SHORT if arg not in ("--seeds", "1")] + ["--data", "d.npz", "--out", "r"]
+    train_mora.main([*argv, "--seeds", "1"])
+    data.save_study(tmp_path / "d.npz", phantoms(240, 5).select(("image", "note")))
+    for seeds in ("1", "2"):
+        said = refused(train_mora.main, *argv, "--seeds", seeds, "--resume")
+        assert "(data d.npz: the file has changed" in said and "sha256" not in said
+    assert "seeds 1 there, 2 here" in said
+    data.save_study(tmp_path / "e.npz", phantoms(240, 2).select(("image", "note")))
+    assert "(data d.npz there, e.npz here" in refused(train_mora.main, *argv, "--seeds", "1", "--data", "e.npz", "--resume")
+    assert "(data d.npz there, None here" in refused(train_mora.main, *SHORT, "--out", "r", "--resume")
 
 
 @pytest.mark.parametrize("stop_at", [3, 17, 31])  # in pretraining, in `head`, in `mora`
@@ -405,12 +449,15 @@ BAD = [(["--data", "absent.npz"], "absent.npz: no such file"), (["--methods", "d
        (["--modalities", "image", "sound"], "'sound' is not in"), (["--image-size", "30"], "30 is not divisible by the patch size 8"),
        (["--width", "30", "--heads", "4"], "30 is not divisible by 4 heads"), (["--absent", "gone"], "'gone'"), (["--head", "off"], "'off'"),
        (["--head", "locked", "--methods", "mora", "head"], "head"), (["--keep", "mora:7"], "mora:7"), (["--lr", "fast"], "'fast'"), (["--lr", "dora:0.1"], "dora"),
+       (["--lr", "0.003", "0.01"], "--lr gives two rates for all: 0.003 and 0.01"), (["--lr", "mora:0.003", "0.1", "mora:0.003"], "--lr gives two rates for mora: 0.003 and 0.003"),
+       (["--lr", "prompt:0.1"], "'prompt:0.1': prompt does not run here, only head, lora, mora, mora-open, full"), (["--lr", "mora:10"], "a rate in (0,10)"),
        (["--seeds", "0"], "--seeds is 0"), (["--device", "tpu9"], "tpu9"), (["--synthetic-notes"], "phantoms have reports"),
        (["--methods", "mora", "mora"], "none twice"), (["--phantoms", "0"], "--phantoms is 0"),
-       (["--augment", "random:0"], "must be SELORA_RUN:COUNT, random:COUNT or own:COUNT"), (["--augment", "own"], "own:COUNT"),
+       (["--augment", "random:0"], "must be SELORA_RUN:COUNT, random:COUNT, class:COUNT or own:COUNT"), (["--augment", "own"], "own:COUNT"),
        (["--augment", "own:5", "--modalities", "note", "vitals"], "--augment draws images from notes; the modalities are note, vitals"),
        (["--augment", "own:5", "--missing", "any:1"], "--augment own:5: no training sample of seed 0 is left its note and image by --missing any:1"),
-       (["--augment", "random:5", "--missing", "image:1"], "that is left its image is of another patient than sample"),
+       (["--augment", "random:5", "--missing", "image:1"], "--augment random, seed 0: no training sample of another patient than sample"),
+       (["--augment", "class:5", "--missing", "image:1"], "--augment class, seed 0: no training sample of the class, but not the patient, of sample"),
        (["--augment", "./own:5"], "model.pt: no such file")]  # fmt: skip
 
 

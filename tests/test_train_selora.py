@@ -293,6 +293,32 @@ def test_the_table_has_one_rate_a_rule(tmp_path, monkeypatch):
     assert methods["full"]["lr"] == 0.001 and methods["full"]["lr_grid"] == {}
 
 
+@pytest.mark.parametrize("rule", ["neyman", "uniform", "ratio"])
+def test_only_neyman_takes_gradients_before_the_first_step(tmp_path, monkeypatch, rule):
+    monkeypatch.chdir(tmp_path)
+    asked, gradients = [], train_selora.neyman_gradients
+    monkeypatch.setattr(train_selora, "neyman_gradients", lambda *args: asked.append(args) or gradients(*args))
+    train_selora.main([*TINY, "--out", "r", "--rule", rule])
+    assert len(asked) == (rule == "neyman")
+
+
+def test_one_rate_for_all_is_a_tenth_for_full(tmp_path, monkeypatch, refused):
+    argv = TINY[: TINY.index("--lr")]
+    for name, given in (("one", ["0.02"]), ("each", ["ratio:0.02", "full:0.002"]), ("both", ["0.5", "ratio:0.02", "full:0.002"])):
+        train_selora.main([*argv, "--out", name, "--lr", *given])
+        methods = json.loads((tmp_path / name / "metrics.json").read_text())["methods"]
+        assert {rule: m["lr"] for rule, m in methods.items()} == {"unadapted": 0, "ratio": 0.02, "full": 0.002}
+        assert all(m["lr_grid"] == {} for m in methods.values())
+    assert files(tmp_path / "one", "metrics.json", "model.pt") == files(tmp_path / "each", "metrics.json", "model.pt") == files(tmp_path / "both", "metrics.json", "model.pt")
+    ask = lambda *rates: refused(train_selora.main, *argv, "--out", "r", "--lr", *rates)
+    assert "learning rate 'neyman:0.1': neyman does not run here, only ratio, full" in ask("neyman:0.1")
+    assert "unadapted does not run here" in ask("unadapted:0.1")
+    assert "--lr gives two rates for all: 0.003 and 0.01" in ask("0.003", "0.01")
+    assert "--lr gives two rates for full: 0.003 and 0.01" in ask("full:0.003", "0.1", "full:0.01")
+    table = ["--out", "r", "--rules-table", "--rows", "uniform", "--budgets", "2"]
+    assert "full does not run here, only uniform" in refused(train_selora.main, *argv, *table, "--lr", "0.01", "full:0.001")
+
+
 MORA = ["--seeds", "2", "--phantoms", "120", "--steps", "2", "--pretrain-steps", "2", "--width", "16", "--depth", "1", "--heads", "2", "--device", "cpu", "--lr", "0.01",
         "--methods", "head", "--out", "m"]  # fmt: skip
 
@@ -310,7 +336,7 @@ def test_a_table_restricts_the_training_rows(tmp_path, monkeypatch, refused):
         assert own["val"].tolist() == [row for row in plain[seed]["val"] if run["present any:0.6"][row].all()]
         assert own["test"].tolist() == plain[seed]["test"].tolist()
     identity = json.loads((tmp_path / "r/config.json").read_text())["table"]
-    assert identity["sha256"]["split-s1.npz"] == data.sha256(tmp_path / "m/split-s1.npz")
+    assert identity == {"run": "m", "missing": "any:0.6", "sha256": {f"split-s{seed}.npz": data.sha256(tmp_path / f"m/split-s{seed}.npz") for seed in (0, 1)}}
     shutil.rmtree("r")
     ask = lambda *argv: refused(train_selora.main, *TINY, "--out", "r", "--rule", "fixed", "--table", *argv)
     assert "--table m: has no seed 2" in ask("m", "--seeds", "3")
@@ -326,9 +352,34 @@ def test_a_table_restricts_the_training_rows(tmp_path, monkeypatch, refused):
     assert "m/split-s0.npz: has no missing table 'any:0.6'" in ask("m")
 
 
+def test_seeds_can_be_added_to_a_run_with_a_table_and_to_the_table_s_run(tmp_path, monkeypatch, refused):
+    argv = [arg for arg in TINY if arg not in ("--seeds", "1")] + ["--rule", "fixed", "--table", "m"]
+    train_mora.main([*MORA, "--missing", "any:0.6"])
+    train_selora.main([*argv, "--seeds", "1", "--out", "r"])
+    train_mora.main([*MORA, "--missing", "any:0.6", "--seeds", "3", "--resume"])  # its config.json is another now
+    train_selora.main([*argv, "--seeds", "1", "--out", "r", "--resume"])
+    train_selora.main([*argv, "--seeds", "3", "--out", "r", "--resume"])
+    train_selora.main([*argv, "--seeds", "3", "--out", "whole"])
+    names = ("metrics.json", "config.json", "model.pt", "split-s2.npz", "adapters/fixed-s2.pt")
+    assert files(tmp_path / "r", *names) == files(tmp_path / "whole", *names)
+    train_selora.main([*argv, "--seeds", "1", "--out", "few"])
+    path = tmp_path / "m/split-s0.npz"
+    kept = path.read_bytes()
+    np.savez(path, **dict(np.load(path)) | {"more": np.zeros(1)})
+    for seeds, out in (("3", "r"), ("2", "few"), ("1", "few")):
+        said = refused(train_selora.main, *argv, "--seeds", seeds, "--out", out, "--resume")
+        assert "(table m any:0.6: split-s0.npz has changed" in said and "sha256" not in said
+    path.write_bytes(kept)
+    shutil.rmtree("m")
+    train_mora.main([*MORA, "--missing", "any:0.5"])
+    said = refused(train_selora.main, *argv, "--seeds", "2", "--out", "few", "--resume")
+    assert "(table m any:0.6 there, m any:0.5 here, seeds 1 there, 2 here" in said
+
+
 def test_the_judge_of_the_table_draws_once(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    argv = [*TINY, "--rules-table", "--budgets", "1", "--rows", "uniform", "probe-svd", "--steps", "10", "--phantoms", "300", "--targets", FEW, "--out", "r", "--judge", str(tiny[1])]
+    argv = [arg for arg in TINY if arg != "full:0.001"]  # which does not run
+    argv += ["--rules-table", "--budgets", "1", "--rows", "uniform", "probe-svd", "--steps", "10", "--phantoms", "300", "--targets", FEW, "--out", "r", "--judge", str(tiny[1])]
     train_selora.main(argv)
     methods = json.loads((tmp_path / "r/metrics.json").read_text())["methods"]
     assert all("frechet" in m and "kind" in m and not [k for k in m if "ignored" in k] for m in methods.values())

@@ -8,8 +8,8 @@ Base, splits, batches, AdamW, warm-up and cosine are those of train_selora.py. I
 nn.Linear layers trains: vectors of words and convolutions stay frozen. Each row has its own rate, of the best loss on seed
 0's validation rows, from a grid that is widened at an edge. What starts at 0 decays by .01, what starts at random by none.
 
-neyman stays within the parameters of uniform LoRA. So does probe-svd, and its probe is charged a tenth of the steps; while
-it probes, every layer has rank 4, or a rank more than uniform LoRA. AdaLoRA keeps as many singular triplets as uniform LoRA has
+neyman stays within the parameters of uniform LoRA. So does probe-svd, whose probe is charged a tenth of the steps, and each
+batch that either looks at before the first step counts as one; while it probes, every layer has rank 4, or a rank more than uniform LoRA. AdaLoRA keeps as many singular triplets as uniform LoRA has
 ranks, from half as many more at the start; which layers they end in decides what they cost. Its phases have about the
 shares of its paper: a tenth of the steps before pruning, half of them after it, one pruning in each hundredth between.
 """
@@ -32,7 +32,7 @@ from minilora import allocate, checkpoint, data, diffusion, metrics, rates, selo
 from minilora.cli import Positive, guarded
 from minilora.loop import NotFinite, Stopped, Stopper, warm_cosine
 from minilora.processes import pick_device
-from minilora.ranks import PROBE, cost_of, highest, plan, probe_steps, ranks_of, set_ranks
+from minilora.ranks import PROBE, Job, cost_of, highest, plan, probe_steps, ranks_of, set_ranks, steps_of
 from minilora.samples import heldout_loss
 from minilora.task import buckets, read_studies
 from minilora.unet import Denoiser
@@ -107,8 +107,9 @@ def uniform(setting, model, rank, rate, seed):
 
 
 def neyman(setting, model, rank, rate, seed):
-    """Our LoRA with ranks by Neyman allocation, from gradients before the first step."""
+    """Our LoRA with ranks by Neyman allocation, from gradients before the first step; each counts as a step."""
     adapted = uniform(setting, model, 0, rate, seed)
+    adapted.spent = setting.base.steps - steps_of(setting.base, Job("neyman", "neyman"))
     budget = cost_of(model, dict.fromkeys(setting.names, rank))
     train = setting.parts[seed]["train"]
     gradients = allocate.neyman_gradients(setting.base, setting.pairs, model, seed, train)
@@ -123,8 +124,8 @@ def probe_svd(setting, model, rank, rate, seed):
     probe = setting.model()
     probed = uniform(setting, probe, 0, rate, seed)
     set_ranks(probe, {name: min(max(PROBE, rank + 1), highest(layer)) for name, layer in selora.adapters(probe).items()})
-    adapted.spent = probe_steps(setting.base)
-    optimize(setting, probe, probed, rate, seed, adapted.spent)
+    adapted.spent = setting.base.steps - steps_of(setting.base, Job("probe-svd", "probe-svd"))
+    optimize(setting, probe, probed, rate, seed, probe_steps(setting.base))
     train = setting.parts[seed]["train"]
     values = allocate.values_of("probe-svd", setting.base, setting.pairs, probe, seed, train)
     set_ranks(model, plan(model, "probe-svd", budget, values=values))
