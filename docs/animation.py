@@ -1,8 +1,8 @@
 """Draw docs/training.gif: samples from fixed noise and fixed words while SeLoRA trains, and the rank
 of every layer beside them.
 
-    python docs/animation.py                              # about 2 minutes; needs the `pictures` extra
-    python docs/animation.py --out mine.gif --run.seeds 1 --run.steps 600
+    python docs/animation.py              # about 2 minutes; needs the `pictures` extra
+    python docs/animation.py --out training.gif --frames 60
 
 The base and the settings are those of `make demo`, whose pretrained base is used where it is there
 already. The words are those of the first held-out phantoms of seed 0: nothing is picked.
@@ -10,7 +10,7 @@ already. The words are those of the first held-out phantoms of seed 0: nothing i
 
 import sys
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_selora  # noqa: E402
 from minilora import data, ranks, samples, selora  # noqa: E402
+from minilora.cli import Positive, check_bounds  # noqa: E402
 from minilora.loop import Stopper  # noqa: E402
 from minilora.task import read_studies  # noqa: E402
 from minilora.unet import Denoiser  # noqa: E402
@@ -41,30 +42,43 @@ UNIT = 13  # width of one rank
 # Parts of the denoiser, in the order of its layers: how their names begin, and a name for readers.
 PARTS = {
     "text encoder": ("text.",),
-    "timestep, prompt": ("unet.time", "unet.prompt"),
-    "down": ("unet.first", "unet.down"),
-    "coarse level": ("unet.coarse", "unet.middle"),
-    "up": ("unet.up", "unet.last", "unet.gate"),
+    "time and prompt": ("unet.time", "unet.prompt"),
+    "UNet, down": ("unet.first", "unet.down"),
+    "UNet, coarse": ("unet.coarse", "unet.middle"),
+    "UNet, up": ("unet.up", "unet.last", "unet.gate"),
 }
+TITLE = "SeLoRA trains: images from the same noise and words (synthetic chest studies)"
+RATE = 0.01  # learning rate, as in `make demo`
 GREYS = 32  # of the palette
 COLORS = {"open": (33, 113, 181), "waiting": (222, 229, 238)}  # ranks
-
-
-def demo():
-    """The settings of `make demo`."""
-    return train_selora.Config(
-        seeds=1, phantoms=3000, width=28, text_width=32, heads=2, pretrain_steps=1700,
-        lr=("0.01",), positions=16, buckets=2048, device="cpu",
-    )
 
 
 @dataclass
 class Options:
     """Draw samples and ranks while SeLoRA trains, as a GIF."""
 
-    out: Path = ROOT / "docs/training.gif"
-    frames: int = 80  # Pictures; more of them early, when most changes.
-    run: train_selora.Config = field(default_factory=demo)  # As in train_selora.py.
+    out: Path = Path("docs/training.gif")
+    frames: Positive = 80  # Pictures; more of them early, when most changes.
+    phantoms: Positive = 3000  # Synthetic studies to draw, of each domain.
+    vae_steps: Positive = 500  # Steps of pretraining the autoencoder.
+    pretrain_steps: Positive = 1700  # Steps of pretraining the denoiser.
+    steps: Positive = 900  # Adaptation steps, while the pictures are taken.
+
+
+def settings(options):
+    """The configuration of train_selora.py: that of `make demo` but for what the options say."""
+    return train_selora.Config(
+        rule="ratio",
+        phantoms=options.phantoms,
+        vae_steps=options.vae_steps,
+        pretrain_steps=options.pretrain_steps,
+        steps=options.steps,
+        width=28,
+        text_width=32,
+        heads=2,
+        buckets=2048,
+        positions=16,
+    )
 
 
 def moments(steps, frames):
@@ -117,7 +131,7 @@ def write(draw, place, text, size=12, width=None):
 
 
 def draw_bars(draw, left, layers):
-    """A bar for each layer {name: rank}, from the top row on: open ranks are dark, waiting ones
+    """A bar for each adapter {name: layer}, from the top row on: open ranks dark, waiting ones
     light."""
     y = TOP
     for part, starts in PARTS.items():
@@ -131,7 +145,6 @@ def draw_bars(draw, left, layers):
                 draw.rectangle((x, y, x + UNIT - 2, y + BAR - 1), color)
             y += BAR + 1
         y += 4
-    return y
 
 
 def frame(step, steps, notes, rows, model):
@@ -142,7 +155,7 @@ def frame(step, steps, notes, rows, model):
     height = TOP + max(len(rows) * (side + GAP), len(layers) * (BAR + 1) + 4 * len(PARTS)) + 24
     canvas = Image.new("RGB", (right + 102 + 8 * UNIT + 8, height), "white")
     draw = ImageDraw.Draw(canvas)
-    write(draw, (GAP, 6), "SeLoRA trains: images from the same noise and words (synthetic chest studies)", 14)
+    write(draw, (GAP, 6), TITLE, 14)
     write(draw, (right, 6), f"step {step} of {steps}", 14)
     write(draw, (right, 30), f"rank of each layer\n{selora.adapter_parameters(model):,} adapter parameters", 12)
     for column, note in enumerate(notes):
@@ -161,7 +174,7 @@ def frame(step, steps, notes, rows, model):
 
 def film(options):
     """The frames of a run, which is trained here."""
-    cfg = options.run
+    cfg = settings(options)
     config = train_selora.check(cfg) | {"buckets": cfg.buckets, "positions": cfg.positions}
     studies, _ = read_studies(cfg)
     target = studies["target"]
@@ -171,7 +184,7 @@ def film(options):
     pairs = both["target"]
     model = Denoiser(**config)
     model.load_state_dict(base)
-    job = ranks.Job(cfg.rule, cfg.rule, cfg.budget, cfg.rank)
+    job = ranks.Job("ratio", "ratio", rank=1)
     train_selora.inject(cfg, pairs, model, job, 0, split["train"])
 
     rows = split["test"][:COLUMNS]
@@ -187,8 +200,7 @@ def film(options):
 
     camera = Camera(moments(cfg.steps, options.frames), draw)
     camera.after(0)
-    lr = ranks.given_rates(cfg)[cfg.rule]
-    train_selora.adapt(cfg, pairs, model, job, 0, lr, split["train"], None, camera)
+    train_selora.adapt(cfg, pairs, model, job, 0, RATE, split["train"], None, camera)
     return camera.frames
 
 
@@ -214,6 +226,7 @@ def save(frames, path):
 def main(argv=None):
     options = tyro.cli(Options, args=argv, description=Options.__doc__)
     with data.one_line_errors():
+        check_bounds(options)
         save(film(options), options.out)
 
 

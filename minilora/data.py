@@ -674,17 +674,19 @@ def _assign_groups(study, rows, seed):
 
     part = np.ones(len(group), int)
     others = _fill(counts, (0.9, 0.1), np.random.default_rng(13)) == 0  # all but validation
+    if others.sum() < 2:  # one group is nearly all: validation leaves the test some of the others
+        others = _fill(counts, (0.8, 0.1, 0.1), np.random.default_rng(13)) != 1
     part[others] = 2 * _fill(counts[others], (8 / 9, 1 / 9), np.random.default_rng((seed, 13)))
     return part[member]
 
 
 def _fill(counts, shares, rng):
-    """[groups] which of two parts each group goes to, so that each part gets its share of every
-    column of `counts` [groups,C + 1]."""
+    """[groups] which part each group goes to, so that each part gets its share of every column of
+    `counts` [groups,C + 1]."""
     # Large groups first, while there is room everywhere; equal ones in random order.
     order = rng.permutation(len(counts))
     order = order[np.argsort(-counts[order, -1], kind="stable")]
-    goal = np.outer(shares, counts.sum(0)) + 1e-9  # [2, C + 1]
+    goal = np.outer(shares, counts.sum(0)) + 1e-9  # [parts, C + 1]
     content = np.zeros_like(goal)
     part = np.zeros(len(counts), int)
     for g in order:  # greedy: to the part that lacks the most of what this group brings

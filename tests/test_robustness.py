@@ -650,7 +650,7 @@ def test_every_column_has_a_flag_of_its_own(numeric, flags, monkeypatch, capsys,
         serve_cli.command_line(["predict", str(tmp_path), "--help"])
     words = " ".join(capsys.readouterr().out.split())
     for flag, (name, column) in columns.items():
-        assert f"--{flag} COLUMN {flag.upper()} {name}: {' '.join(column.split())}".rstrip() in words
+        assert f"--{flag} NUMBER {name}: {' '.join(column.split())}".rstrip() in words
 
 
 def test_columns_that_fold_to_one_flag_are_served(built, tmp_path, monkeypatch, capsys):

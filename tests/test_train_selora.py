@@ -212,7 +212,7 @@ def test_a_run_stopped_in_its_probe_and_in_its_training_goes_on_to_the_same_byte
     monkeypatch.chdir(tmp_path)
     argv = [*TINY, "--rule", "probe-svd", "--steps", "60"]
     train_selora.main([*argv, "--out", "whole"])
-    draw, calls, stops = train_selora.rows_at, [], {4: "plans/last.pt", 10 + 26: "last.pt"}  # step 3 of the probe's 6, a step of the 54 others
+    draw, calls, stops = train_selora.rows_at, [], {4: "plans/last.pt", 10 + 26: "last.pt"}  # step 3 of the probe's 6, a step of the 51 others
 
     def rows_at(*args):
         calls.append(args)
@@ -227,7 +227,7 @@ def test_a_run_stopped_in_its_probe_and_in_its_training_goes_on_to_the_same_byte
         assert (tmp_path / "cut" / last).exists() and (tmp_path / "cut/plans/probe-svd-probe-r4-s0-0.01.json").exists() == bool(k)
     train_selora.main([*argv, "--out", "cut", "--resume"])
     batches = [args for args in calls if args[1] < 10**6]
-    assert len(batches) == 6 + 54 + 60  # probe, training and full, no step twice
+    assert len(batches) == 6 + 51 + 60  # probe, training and full, no step twice; three looks of the plan are charged
     names = ("metrics.json", "model.pt", "log.jsonl", "adapters/probe-svd-s0.pt", "plans/probe-svd-probe-r4-s0-0.01.json", "config.json")
     assert files(tmp_path / "cut", *names) == files(tmp_path / "whole", *names)
     plan = tmp_path / "cut/plans/probe-svd-probe-r4-s0-0.01.json"
@@ -406,7 +406,7 @@ def test_the_judge_reads_samples_and_what_bounds_them(tiny, tmp_path, monkeypatc
     facts = {"kind", "side"}
     measures = {f"{fact}{words}" for fact in facts for words in ("", ", new words", ", known words")}
     ignored = {f"{fact}, words ignored" for fact in facts}
-    assert verdict["n"] == len(held["val"]) + len(held["test"]) and 0 < verdict["floor"][0] and 0.5 <= verdict["ceiling"]["side"][0] <= 1
+    assert verdict["n"] == len(held["test"]) and 0 < verdict["floor"][0] and 0.5 <= verdict["ceiling"]["side"][0] <= 1
     assert {*verdict["ceiling"]} == {*verdict["chance"]} == measures and {*verdict["autoencoder"]} == measures | {"frechet", "nearest"}
     for method in content["methods"].values():
         assert method["frechet"][0] > verdict["floor"][0]  # a handful of steps draws no chest
