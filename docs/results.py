@@ -608,24 +608,24 @@ def filling_block(results):
 
 
 def found_block(results):
-    """What a first page says at once, a line for each question."""
+    """What a first page says at once: each sentence is what `metrics.verdict` says of paired scores."""
     lines = []
     if {"mora-phantoms", "mora-fill"} <= {*results}:
         hidden, filled = (results[name]["result"] for name in ("mora-phantoms", "mora-fill"))
-        gaps = [interval(r["methods"]["mora"]["macro_f1"], r["methods"]["lora"]["macro_f1"]) for r in (filled, hidden)]
-        lines.append(f"Telling the adapter what is missing pays where the input does not show it. MoRA minus a plain LoRA "
-                     f"branch, macro-F1: {gaps[0]} where absent inputs are filled, {gaps[1]} where they are hidden.")
-        linear = hidden["baselines"]["linear: and pixels"]["macro_f1"]
-        gap = interval(linear, hidden["methods"]["mora"]["macro_f1"])
-        lines.append(f"No adapter of this small frozen encoder reaches a linear model on words and pictures of 16 x 16: "
-                     f"the linear model minus MoRA is {gap}.")
+        score = {name: r["methods"][m]["macro_f1"] for name, r, m in (
+            ("MoRA, absent inputs filled", filled, "mora"), ("plain LoRA, absent inputs filled", filled, "lora"),
+            ("MoRA, absent inputs hidden", hidden, "mora"), ("plain LoRA, absent inputs hidden", hidden, "lora"))}  # fmt: skip
+        score["a linear model on words and pictures of 16 x 16"] = hidden["baselines"]["linear: and pixels"]["macro_f1"]
+        told, plain, told_hidden, plain_hidden, linear = score
+        for pair in ((told, plain), (told_hidden, plain_hidden), (told, plain_hidden), (told_hidden, linear)):
+            lines.append(metrics.verdict(*(score[name] for name in pair), pair, " macro-F1"))
     for name, title in RANKS.items():
         if name in results:
             methods = results[name]["result"]["methods"]
             losses = {rule: np.array(methods[f"{rule} r2"]["heldout_loss"]) * 1e5 for rule in ("probe-svd", "ratio", "uniform")}
-            gaps = [interval(losses[rule], losses["uniform"], 0) for rule in ("ratio", "probe-svd")]
-            lines.append(f"Ranks that grow, at equal parameters, {title}: held-out loss x 1e5 minus that of equal ranks is "
-                         f"{gaps[0]} by the paper's rule and {gaps[1]} by `probe-svd`.")
+            for rule, words in (("ratio", "the paper's growing ranks"), ("probe-svd", "ranks planned by `probe-svd`")):
+                pair = (f"{title}, equal parameters: {words}", "equal ranks")
+                lines.append(metrics.verdict(losses[rule], losses["uniform"], pair, " loss x 1e5", less=True, digits=0))
     return [f"- {line}" for line in lines] or NOT_YET
 
 
