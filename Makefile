@@ -10,7 +10,7 @@ DEMO = --out runs/demo/mora --seeds 1 --phantoms 3000 --steps 400 --pretrain-ste
 SELORA = --out runs/demo/selora --seeds 1 --phantoms 3000 --width 28 --text-width 32 --heads 2 --pretrain-steps 1700 --judge runs/demo/mora \
          --lr ratio:0.01 full:0.001 --resume
 
-.PHONY: install demo test test-long bench results gpu-check clean
+.PHONY: install demo test test-long bench results tour animation gpu-check clean
 
 install: .venv/installed
 
@@ -39,7 +39,10 @@ demo: install
 	@echo "== both: draw the missing image from the words, then diagnose"
 	$(PY) export.py predict runs/demo/mora/onnx --data runs/demo/mora/phantoms.npz --synthesizer runs/demo/selora/onnx \
 	    --split runs/demo/mora/split-s0.npz --missing any:0.7 --out runs/demo/mora/filled.csv
-	@echo "== look at macro_f1.png in runs/demo/mora; samples.png, strip.png, ranks.png and sheet.png in runs/demo/selora; next: README.md"
+	@echo "== three pictures to look at:"
+	@echo "runs/demo/selora/samples.png  images follow the words above them after SeLoRA (rows 3 to 5), not before (row 2)"
+	@echo "runs/demo/selora/ranks.png    the rank of each layer: most stay small, few grow"
+	@echo "runs/demo/mora/macro_f1.png   how well each method diagnoses with a modality missing; one seed, no evidence"
 
 # The suite in two halves of about the same time, one on each core; the second is printed when both are through.
 HALF = tests/test_synthesis.py tests/test_train_selora.py tests/test_selora.py tests/test_studies.py tests/test_meta.py tests/test_gpu_check.py
@@ -65,6 +68,15 @@ DATA ?= data
 results: install
 	$(PY) docs/results.py run --data $(DATA)
 	$(PY) docs/results.py write
+
+# A new run of docs/tour.ipynb, whose committed claims it has to meet: 2 to 3 minutes.
+tour: install
+	.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	LONG=1 $(PY) -m pytest tests/test_tour.py
+
+# docs/training.gif: about 2 minutes
+animation: install
+	$(PY) docs/animation.py
 
 # What only a GPU can show, in some minutes. PY=python3 make gpu-check takes that Python as it is, and installs nothing.
 gpu-check: $(if $(GIVEN),,install)

@@ -271,7 +271,7 @@ def pair_conclusion(content, names, pictured):
 
 SORTS = {
     "text.": "text encoder",
-    "to_pixels": "attention, pixels",
+    "to_tokens": "attention, pixels",
     "to_words": "attention, words",
     "mlp": "MLP",
     "time": "timestep",
