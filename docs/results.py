@@ -607,25 +607,41 @@ def filling_block(results):
     return [*table(["", *(f"{title} ({r['samples']})" for title, r in shown_studies.items())], rows), *sentences(lines)]
 
 
+def stands(ours, theirs, less=False):
+    """'better than', 'worse than' or 'not shown to differ from', as `metrics.shown` says of paired scores."""
+    above = metrics.shown(metrics.paired(ours, theirs))
+    if above is None:
+        return "not shown to differ from"
+    return "better than" if above != less else "worse than"
+
+
 def found_block(results):
-    """What a first page says at once: each sentence is what `metrics.verdict` says of paired scores."""
+    """What a first page says at once. Numbers and words between them are computed from paired scores."""
     lines = []
     if {"mora-phantoms", "mora-fill"} <= {*results}:
         hidden, filled = (results[name]["result"] for name in ("mora-phantoms", "mora-fill"))
-        score = {name: r["methods"][m]["macro_f1"] for name, r, m in (
-            ("MoRA, absent inputs filled", filled, "mora"), ("plain LoRA, absent inputs filled", filled, "lora"),
-            ("MoRA, absent inputs hidden", hidden, "mora"), ("plain LoRA, absent inputs hidden", hidden, "lora"))}  # fmt: skip
-        score["a linear model on words and pictures of 16 x 16"] = hidden["baselines"]["linear: and pixels"]["macro_f1"]
-        told, plain, told_hidden, plain_hidden, linear = score
-        for pair in ((told, plain), (told_hidden, plain_hidden), (told, plain_hidden), (told_hidden, linear)):
-            lines.append(metrics.verdict(*(score[name] for name in pair), pair, " macro-F1"))
+        (told, plain), (told_hidden, plain_hidden) = (
+            [result["methods"][method]["macro_f1"] for method in ("mora", "lora")] for result in (filled, hidden)
+        )
+        linear = hidden["baselines"]["linear: and pixels"]["macro_f1"]
+        lines.append(
+            f"Where absent inputs are filled with another sample's, MoRA, which is told, is {stands(told, plain)} a plain LoRA "
+            f"branch: {interval(told, plain)} macro-F1. Where they are hidden, it is {stands(told_hidden, plain_hidden)} it: "
+            f"{interval(told_hidden, plain_hidden)}."
+        )
+        lines.append(
+            f"Filling and telling is {stands(told, plain_hidden)} hiding with the plain branch ({interval(told, plain_hidden)}), "
+            f"and MoRA is {stands(told_hidden, linear)} a linear model on words and pictures of 16 x 16 "
+            f"({interval(told_hidden, linear)}): the frozen encoder is small."
+        )
     for name, title in RANKS.items():
         if name in results:
             methods = results[name]["result"]["methods"]
-            losses = {rule: np.array(methods[f"{rule} r2"]["heldout_loss"]) * 1e5 for rule in ("probe-svd", "ratio", "uniform")}
-            for rule, words in (("ratio", "the paper's growing ranks"), ("probe-svd", "ranks planned by `probe-svd`")):
-                pair = (f"{title}, equal parameters: {words}", "equal ranks")
-                lines.append(metrics.verdict(losses[rule], losses["uniform"], pair, " loss x 1e5", less=True, digits=0))
+            loss = {rule: np.array(methods[f"{rule} r2"]["heldout_loss"]) * 1e5 for rule in ("probe-svd", "ratio", "uniform")}
+            words = [f"{stands(loss[rule], loss['uniform'], less=True)} equal ones ({interval(loss[rule], loss['uniform'], 0)})"
+                     for rule in ("ratio", "probe-svd")]
+            lines.append(f"At equal parameters on {title}, ranks that grow by the paper's rule are {words[0]} in held-out loss "
+                         f"x 1e5, and ranks that `probe-svd` plans are {words[1]}.")
     return [f"- {line}" for line in lines] or NOT_YET
 
 

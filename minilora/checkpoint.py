@@ -401,7 +401,13 @@ def identity_of(cfg):
         if key == "augment":
             run = str(run or "").rpartition(":")[0]  # RUN:COUNT
             run = "" if run in CONTROLS else run
-        if run:
+        if run and key == "augment":  # each seed draws with an adapter of its own
+            hashes = {file: sha256(Path(run) / file)}
+            for seed in range(cfg.seeds):
+                for path in sorted(Path(run).glob(f"adapters/*-s{seed}.pt")):
+                    hashes[path.name] = sha256(path)
+            identity[key] = {"run": identity[key], "sha256": hashes}
+        elif run:
             identity[key] = {"run": identity[key], "sha256": sha256(Path(run) / file)}
     return json.loads(json.dumps(identity, default=str))
 

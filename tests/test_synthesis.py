@@ -620,7 +620,8 @@ def test_synthetic_studies_join_the_training_split_only(drawn, tmp_path, monkeyp
     reports = {name: json.loads((tmp_path / f"{name}/metrics.json").read_text()) for name in ("plain", "more")}
     assert reports["more"]["augment"] == f"{run}:30" and reports["more"]["methods"]["mora"]["macro_f1"] != reports["plain"]["methods"]["mora"]["macro_f1"]
     config = json.loads((tmp_path / "more/config.json").read_text())
-    assert config["augment"] == {"run": f"{run}:30", "sha256": data.sha256(run / "model.pt")}
+    adapters = sorted((run / "adapters").glob("*-s0.pt"))
+    assert adapters and config["augment"] == {"run": f"{run}:30", "sha256": {p.name: data.sha256(p) for p in (run / "model.pt", *adapters)}}
 
 
 def test_controls_of_synthetic_studies_need_no_run_and_go_on(tmp_path, monkeypatch, capsys):
