@@ -332,6 +332,11 @@ def mora_section(name, results):
     for line in report.mora_conclusion(result):
         yield f"- {line.strip()}"
     yield ""
+    if len(texts) > 2:
+        yield "![macro-F1 against the share of samples that lack a modality](mora.png)"
+        yield ""
+        yield "*Macro-F1 by how many test samples lack the image or the report; band: lowest to highest seed.*"
+        yield ""
 
 
 AWARENESS = {
