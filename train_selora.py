@@ -63,16 +63,17 @@ class Config:
     synthetic_notes: bool = False  # Attach templated notes to files that have none.
     # Runs per rule; a seed sets split, initial adapter and batches. --resume may add seeds.
     seeds: Positive = 3
-    # How ranks are found. ratio (the paper's) and gain let them grow; neyman and probe-svd, to which
-    # a tenth of the steps goes, plan them before; fixed (--rank in every layer) and uniform (equal
-    # ranks at --budget) are plain LoRA; replay takes another run's. Controls: inverse-cost, random,
-    # random-grown, cheapest.
+    # How each layer gets its rank, the number of adapter rows in use. Ranks grow by `ratio` (the
+    # paper's rule) or `gain`; `neyman` and `probe-svd` plan them before training; `fixed` (--rank in
+    # every layer) and `uniform` (equal ranks at --budget) are plain LoRA; `replay` takes those of
+    # another run. Controls are inverse-cost, random, random-grown and cheapest.
     rule: str = "ratio"
-    lam: float = 1.3  # `ratio`: a layer grows where its FI-Ratio is at least this.
+    lam: float = 1.3  # With `ratio`, a layer grows where its FI-Ratio is at least this.
     every: Positive = 40  # Steps between two probes.
-    # `ratio` of the sampled next column, or of its expectation: sampled or expected.
+    # Whether `ratio` tests the next column as it was drawn (sampled) or on average (expected).
     ratio_of: str = "sampled"
-    # probe (one ordinary backward) or loop (a backward per sample, to read and compare).
+    # How Fisher information is computed: `probe`, from the ordinary backward, or `loop`, with one
+    # backward for each sample, which is slow and easy to read.
     fisher: str = "probe"
     rank: int = 1  # Rank of every layer at the start.
     capacity: Positive = 8  # Highest rank of a layer.
@@ -88,10 +89,10 @@ class Config:
     # Train also the vectors of words that at least so many training notes have: adapters of low
     # rank cannot tell new words apart, and rare ones would learn single images by heart. 0: none.
     word_notes: Natural = 20
-    # Run of train_mora.py whose missing table holds here: only pairs of its training rows are adapted
-    # to of which it left image and words.
+    # Run folder of train_mora.py whose missing table holds here too: of its training rows, only those
+    # are used that the table left both image and note.
     table: Path | None = None
-    # Run every rule at each of --budgets, with the judge's guidance 0 left out, and compare them.
+    # Run every rule at each of --budgets and compare them; the judge sees no images without words.
     rules_table: bool = False
     # Budgets of --rules-table, as the uniform rank that costs as much; 0: what ratio costs without one.
     budgets: tuple[int, ...] = (1, 2, 3, 0)
