@@ -630,14 +630,18 @@ def found_block(results):
         )
         linear = hidden["baselines"]["linear: and pixels"]["macro_f1"]
         lines.append(
-            f"Where absent inputs are filled with another sample's, MoRA, which is told, is {stands(told, plain)} a plain LoRA "
-            f"branch: {interval(told, plain)} macro-F1. Where they are hidden, it is {stands(told_hidden, plain_hidden)} it: "
-            f"{interval(told_hidden, plain_hidden)}."
+            f"If a missing image or report is replaced by another patient's, MoRA, which is told what is missing, is "
+            f"{stands(told, plain)} a plain LoRA adapter of the same size ({interval(told, plain)} macro-F1)."
+        )
+        advice = " So hide what is missing where you can." if stands(plain_hidden, told) == "better than" else ""
+        lines.append(
+            f"If it is hidden instead, MoRA is {stands(told_hidden, plain_hidden)} plain LoRA "
+            f"({interval(told_hidden, plain_hidden)}). Hiding with plain LoRA is {stands(plain_hidden, told)} filling with MoRA "
+            f"({interval(plain_hidden, told)}).{advice}"
         )
         lines.append(
-            f"Filling and telling is {stands(told, plain_hidden)} hiding with the plain branch ({interval(told, plain_hidden)}), "
-            f"and MoRA is {stands(told_hidden, linear)} a linear model on words and pictures of 16 x 16 "
-            f"({interval(told_hidden, linear)}): the frozen encoder is small."
+            f"The frozen encoder is small: MoRA is {stands(told_hidden, linear)} a linear model on words and pictures of 16 x 16 "
+            f"({interval(told_hidden, linear)})."
         )
     for name, title in RANKS.items():
         if name in results:

@@ -461,6 +461,8 @@ def adapter_state(model):
 
 def check_names(layers, given):
     """ValueError unless `given` has the layers of the model's adapters as keys."""
+    if given and not layers:
+        raise ValueError("the model has no adapters: call inject first, with the same targets")
     if alone := sorted(layers.keys() ^ given.keys()):
         place = "the model" if alone[0] in layers else "what was given"
         raise ValueError(f"layer '{alone[0]}' is in {place} only")

@@ -250,6 +250,9 @@ def from_csv(args):
     for kind in ("image", "note", "patient"):
         column = getattr(args, f"{kind}_column")
         if column == getattr(FromCsv, f"{kind}_column") and column not in header:
+            if kind == "image" and args.images != FromCsv.images:
+                raise Refused(f"--images {args.images}: {args.csv} has no column '{column}'; name the "
+                              f"one of the pictures with --image-column; it has {', '.join(header)[:200]}")
             headline += f"; no column '{column}' (--{kind}-column)"
             column = ""  # a default that is not there: no such modality
         columns[kind] = column
@@ -263,6 +266,9 @@ def from_csv(args):
             raise Refused(f"{args.csv}: has no column '{column}' ({flag}); "
                           f"it has {', '.join(header)[:200]}")
     report = [headline]
+    if not columns["patient"]:
+        report.append("patients   no column names them: samples of one patient may be in the "
+                      "training and in the test split; --patient-column")
     distinct = table.distinct()
     repeats = len(table) - len(distinct)
     if repeats:

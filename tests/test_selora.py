@@ -606,6 +606,8 @@ def test_load_adapter_refuses_and_changes_nothing():
     wide = {**good, "head": dict(good["head"], A=torch.zeros(9, 2), B=torch.zeros(2, 3))}
     mixed = {**good, "head": dict(good["head"], B=torch.zeros(1, 3))}
     high = selora.adapter_state(stirred(inject_into(small(), rank=3)))
+    with pytest.raises(ValueError, match="the model has no adapters: call inject first, with the same targets"):
+        selora.load_adapter(nn.Linear(3, 3), good)
     for state, message in [(missing, "layer 'mix' is in the model only"),
                            ({**good, "extra": good["mix"]}, "layer 'extra' is in what was given only"),
                            (wide, r"layer 'head': A \[9, 2\]"), (mixed, "layer 'head': A .* do not fit"),

@@ -226,7 +226,9 @@ def test_several_label_columns_are_findings(folder, capsys):
     tmp_path, rows = folder
     write_csv(tmp_path, [[r[0], i % 2, "" if i == 3 else float(i % 3 == 0)] for i, r in enumerate(rows)], ("image", "edema", "mass"))
     s = convert(tmp_path, "--label-column", "edema,mass")
-    assert "; no column 'note' (--note-column); no column 'patient' (--patient-column)" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "; no column 'note' (--note-column); no column 'patient' (--patient-column)" in output
+    assert "patients   no column names them: samples of one patient may be in the training and in the test split" in output
     assert s.multilabel and s.class_names == ["edema", "mass"] and list(s.labels[3]) == [1, -1] and list(s.labels[0]) == [0, 1]
 
 
@@ -284,6 +286,8 @@ def test_bad_spreadsheets_are_refused_in_one_line(folder, refused):
         return refused(studies.main, "from-csv", "s.csv", "--out", "o.npz", *argv)
 
     assert "s.csv: has no column 'dx' (--label-column); it has image, note, label, patient" in said(rows, "--label-column", "dx")
+    assert "--images .: s.csv has no column 'image'; name the one of the pictures with --image-column; it has file, label" in said(
+        [[r[0], r[2]] for r in rows], "--images", ".", header=("file", "label"))
     assert "no column 'age' (--numeric)" in said(rows, "--numeric", "age")
     assert "no column 'label' (--label-column)" in said([r[:2] for r in rows], header=("image", "note"))
     assert "none of 12 pictures is readable; the first: " in said(rows, "--images", tmp_path / "nowhere")
