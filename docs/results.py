@@ -359,13 +359,13 @@ def awareness_table(results):
         scores.setdefault("prompt", []).append(methods["prompt"]["macro_f1"] if "prompt" in methods else None)
     rows = [[f"`{m}`", *(metrics.spread(v) if v else "" for v in each)] for m, each in scores.items()]
     for other in ("lora", "mora-open"):
-        gaps = [interval(ours, theirs) for ours, theirs in zip(scores.get("mora", []), scores.get(other, []))]
+        gaps = [report.difference(ours, theirs) for ours, theirs in zip(scores.get("mora", []), scores.get(other, []))]
         rows.append([f"`mora` minus `{other}`", *gaps])
     hidden = results.get("mora-phantoms")
     if hidden:
         plain = hidden["result"]["methods"]["lora"]["macro_f1"]
-        gaps = [interval(ours, plain) for ours in scores["mora"]]
-        rows.append(["`mora` minus `lora` with absent tokens hidden", *gaps])
+        gaps = [report.difference(ours, plain) for ours in scores["mora"]]
+        rows.append(["`mora` minus hidden `lora`", *gaps])
     return table(["macro-F1", *shown_runs.values()], rows)
 
 
