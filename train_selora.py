@@ -304,7 +304,7 @@ class Context:
     stop: object
     costs: dict  # {layer: parameters of one rank}
     replay: dict  # {seed: ranks that --rule replay starts from}
-    rates: dict = field(default_factory=dict)  # {rule: (learning rate, {rate: validation loss})}
+    rates: dict = field(default_factory=dict)  # {row: (learning rate, {rate: validation loss})}
     judges: dict = field(default_factory=dict)  # {seed: its `Judge`}, empty without --judge
 
     def model(self):
@@ -383,7 +383,7 @@ def component_values(cfg, ctx, job, seed, lr, train):
     if job.rule not in ranks.VALUED:
         return None
     if job.rule == "shuffled":
-        lr = ctx.rates["probe-svd"][0]
+        lr = ctx.rates[job.name.replace("shuffled", "probe-svd")][0]
     probe, steps = ranks.probe_of(cfg, job, sum(ctx.costs.values()))
     path = cfg.out / f"plans/{probe.name.replace(' ', '-')}-s{seed}-{lr:g}.json"
     if not path.exists():
@@ -512,10 +512,10 @@ def run(cfg, stop):
             judged = (split["train"], split["test"], seed, new)
             ctx.judges[seed] = judge_of(vit, target, vae, *judged)
         for job in jobs:
-            if job.rule not in ctx.rates:
+            if job.name not in ctx.rates:
                 trial = partial(run_job, cfg, ctx)
-                ctx.rates[job.rule] = ranks.pick_rate(cfg, jobs, job.rule, trial)
-            lr = ctx.rates[job.rule][0]
+                ctx.rates[job.name] = ranks.pick_rate(cfg, job, trial)
+            lr = ctx.rates[job.name][0]
             content = run_job(cfg, ctx, job, seed, lr, ranks.file_of(cfg, job, seed))
             results[job.name].append(content)
     if leader():

@@ -350,23 +350,18 @@ def file_of(cfg, job, seed):
     return cfg.out / f"adapters/{job.name.replace(' ', '-')}-s{seed}.pt"
 
 
-def pick_rate(cfg, jobs, rule, train):
-    """(learning rate, {rate: validation loss}) of a rule: as given, or the best of a grid on seed
-    0's validation rows, which test nothing; train: a function (job, seed, rate, path) -> content.
-
-    A rule of several rows is tried on the row at the budget of uniform rank 2, or on its first. The
-    best trial is that row's run at seed 0; of the others the scores are kept."""
+def pick_rate(cfg, job, train):
+    """(learning rate, {rate: validation loss}) of a row: as given for its rule, or the best of a grid
+    on the validation rows at seed 0, which test nothing; train: a function (job, seed, rate, path)
+    -> content. The best trial is the row's run at seed 0; of the others the scores are kept."""
     given = given_rates(cfg) | {"unadapted": 0.0}
-    if rule in given:
-        return given[rule], {}
-    rows = [job for job in jobs if job.rule == rule]
-    # A row that takes its budget from another comes after that one only in the table's order.
-    job = next((job for job in rows if job.name == f"{rule} r2" and not job.of), rows[0])
+    if job.rule in given:
+        return given[job.rule], {}
 
     def score_of(lr, path):
         return -train(job, 0, lr, path)["result"]["val_loss"]
 
-    grid = GRID_FULL if rule == "full" else GRID
+    grid = GRID_FULL if job.rule == "full" else GRID
     best, scores = rates.chosen(cfg.out, job.name.replace(" ", "-"), grid, score_of)
     losses = {lr: -score for lr, score in scores.items()}
     print(f"{job.name}: learning rate by the loss on the validation rows at seed 0: "
@@ -488,8 +483,7 @@ def work_ahead(cfg, jobs):
     given = given_rates(cfg)
     trained = [job for job in jobs if job.rule != "unadapted"]
     runs = len(trained) * cfg.seeds
-    rules = {job.rule for job in trained}
-    runs += (len(GRID) - 1) * len(rules - given.keys())
+    runs += (len(GRID) - 1) * sum(job.rule not in given for job in trained)
     return f"at least {runs} runs of {cfg.steps} steps"
 
 

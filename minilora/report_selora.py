@@ -35,7 +35,7 @@ def selora_metrics(cfg, ctx, judges, results, on_source):
         methods[name] = over_seeds([run["result"] for run in runs])
         for key in ("adapter_params", "word_params", "trainable_params", "ranks", "history"):
             methods[name][key] = [r[key] for r in runs]
-        rate, tried = ctx.rates[runs[0]["rule"]]
+        rate, tried = ctx.rates[name]
         methods[name]["rule"] = runs[0]["rule"]
         methods[name]["lr"] = rate
         methods[name]["lr_grid"] = {f"{k:g}": loss for k, loss in tried.items()}
@@ -222,8 +222,8 @@ def table_conclusion(content):
     """The lines on every budget of the rules table."""
     methods = content["methods"]
     lines = [
-        "Differences of held-out loss x 1e5, on the test rows. Every rule has its own rate, picked at "
-        "the budget of uniform rank 2, by validation rows that test nothing.",
+        "Differences of held-out loss x 1e5, on the test rows. Every row has its own rate, picked by "
+        "validation rows that test nothing.",
         "A tenth of the steps of probe-svd and shuffled goes to a probe, and each batch that a plan "
         "looks at counts as a step. The oracle, which trains twice, is charged nothing: no rule "
         "could afford it.",
