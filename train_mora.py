@@ -25,7 +25,7 @@ from minilora.loop import Log, Loop, rows_at, warm_cosine
 from minilora.models import base_file, build, count, image_digests, kept_weights, load_head
 from minilora.mora import branch_ranks, gates
 from minilora.processes import average, leader, own_part, pick_device, wait, world
-from minilora.task import Context, batch_at, buckets, check, column_ids, draw_absent, draw_studies, draw_task, evaluate
+from minilora.task import Context, batch_at, buckets, check, column_ids, draw_studies, draw_task, evaluate
 from minilora.task import finished_job, hash_of_base, image_size, input_sizes, listed
 from minilora.task import numeric_scales, on
 from minilora.task import pretrained_base, read_source, read_target, split_arrays, tests_of
@@ -305,7 +305,7 @@ def run(cfg, stop):
     vit_config = base_config | {
         "classes": len(study.class_names),
         "columns": column_ids(study, base_config["buckets"]),
-        "absent": "fill" if cfg.absent.startswith("draw:") else cfg.absent,
+        "absent": cfg.absent,
     }
     draws = {seed: draw_task(cfg, study, seed) for seed in range(cfg.seeds)}
     print(*report.describe(study, draws, vit_config), sep="\n")
@@ -314,9 +314,6 @@ def run(cfg, stop):
         for seed, draw in draws.items():
             draw |= draw_studies(cfg, study, draw, seed, device)
 
-    if cfg.absent.startswith("draw:"):
-        for seed, draw in draws.items():
-            draw |= draw_absent(cfg, study, draw, seed, device)
 
     identity = checkpoint.open_run(cfg)
     base_hash = hash_of_base(cfg, study, source, base_config, identity)

@@ -325,7 +325,7 @@ def draw_task(cfg, study, seed):
         "order": np.random.default_rng((seed, 14)).permutation(len(study)),
     }
     draw["scales"] = numeric_scales(study, parts["train"], draw["tables"][cfg.missing])
-    if cfg.absent == "fill" or cfg.absent.startswith("draw:"):
+    if cfg.absent == "fill":
         draw["donors"] = draw_donors(study, parts["train"], draw["tables"][cfg.missing], seed)
     return draw
 
@@ -395,13 +395,7 @@ def load_task(study, draw, missing, vit_config, device):
     content = dict.fromkeys(tables)
     if "donors" in draw:
         own = np.arange(len(study))[:, None]
-        donors = draw["donors"].copy()
-        if "drawn" in draw:
-            images = data.stack_images(draw["drawn"], *input_sizes(vit_config)[:2])
-            first = len(inputs["image"])
-            inputs["image"] = np.concatenate([inputs["image"], images])
-            m = study.modalities.index("image")
-            donors[draw["drawn_rows"], m] = first + np.arange(len(images))
+        donors = draw["donors"]
         content = {k: np.where(have, own, donors[own[:, 0] % len(donors)]) for k, have in tables.items()}
         content = on(device, content)
     tables = on(device, {k: v.astype(np.float32) for k, v in tables.items()})
@@ -500,23 +494,6 @@ def draw_studies(cfg, study, draw, seed, device):
         "images": data.resize(images, cfg.image_size),
         "present": present,
     }
-
-
-def draw_absent(cfg, study, draw, seed, device):
-    """Images for --absent draw:RUN: of each sample that has words and no image under a missing table
-    of the run, {'drawn_rows': [n], 'drawn': uint8 [n,S,S]}."""
-    image = study.modalities.index("image")
-    note = study.modalities.index("note")
-    lacks = np.zeros(len(study), bool)
-    for table in draw["tables"].values():
-        lacks |= table[:, note] & ~table[:, image]
-    rows = np.flatnonzero(lacks)
-    train = draw["parts"]["train"]
-    table = draw["tables"][cfg.missing]
-    whole = train[table[train][:, [image, note]].all(1)]
-    run = cfg.absent.removeprefix("draw:")
-    images = drawn_images(cfg, run, study, rows, train, whole, seed, device)
-    return {"drawn_rows": rows, "drawn": data.resize(images, cfg.image_size)}
 
 
 def source_rows(worded, usable, count, seed):
