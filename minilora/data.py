@@ -26,7 +26,7 @@ from minilora import prepare
 # Names that a numeric modality cannot take: they mean something in files, graphs or missing tables.
 RESERVED = (
     "image", "images", "note", "notes", "present", "mask", "any", "both", "label",
-    "logits", "probabilities", "labels", "prepared", "report", "filled",
+    "logits", "probabilities", "labels", "lines", "prepared", "report", "filled",
 )  # fmt: skip
 FITS = ("squeeze", "crop", "pad")  # how an image becomes square, see `square`
 
@@ -186,8 +186,9 @@ class Study:
 
     images [N,H,W] or [N,H,W,3] uint8, all black = missing; notes [N] str, '' = missing; numeric
     {name: [N,F] float32}, NaN = missing; columns {name: F column names}; labels [N] int64 in [-1,C)
-    or [N,C] in {-1,0,1} (several findings; -1 = unlabelled); patients [N] str or None; fixed_split
-    [N] of 0 train, 1 val, 2 test, or None; attributes {name: [N] int64}: what a backbone can be
+    or [N,C] in {-1,0,1} (several findings; -1 = unlabelled); patients [N] str or None; lines [N]:
+    where each sample stands in its spreadsheet, or None; fixed_split [N] of 0 train, 1 val, 2 test,
+    or None; attributes {name: [N] int64}: what a backbone can be
     pretrained on, -1 = ignore; fit: how the images became square (see `square`); prepared: what an
     import did to it (see prepare.py), or {}.
     """
@@ -200,6 +201,7 @@ class Study:
     numeric: dict = field(default_factory=dict)
     columns: dict = field(default_factory=dict)
     patients: np.ndarray | None = None
+    lines: np.ndarray | None = None
     fixed_split: np.ndarray | None = None
     attributes: dict = field(default_factory=dict)
     synthetic: bool = False  # drawn, not measured
@@ -265,7 +267,8 @@ class Study:
 
     def take(self, rows):
         """The study of the given rows (indices or a bool mask), in that order."""
-        arrays = _arrays(self, "labels", "images", "notes", "patients", "fixed_split", "rows")
+        names = ("labels", "images", "notes", "patients", "lines", "fixed_split", "rows")
+        arrays = _arrays(self, *names)
         fields = {name: array[rows] for name, array in arrays.items()}
         for name in ("numeric", "attributes"):
             fields[name] = {key: array[rows] for key, array in getattr(self, name).items()}
@@ -306,6 +309,7 @@ def load_study(path, synthetic_notes=False, classes=None, training=True):
             numeric=numeric,
             columns={name: [str(column) for column in arrays[f"{name}_names"]] for name in numeric},
             patients=arrays.get("patients"),
+            lines=arrays.get("lines"),
             fixed_split=fixed_split,
             synthetic=bool(np.any(arrays.get("synthetic", 0))),
             synthetic_notes=bool(np.any(arrays.get("synthetic_notes", 0))),
@@ -461,7 +465,7 @@ def save_study(path, study):
         arrays["prepared"] = np.array(json.dumps(study.prepared, sort_keys=True))
     if study.report:
         arrays["report"] = np.array(study.report)
-    arrays |= _arrays(study, "images", "notes", "patients")
+    arrays |= _arrays(study, "images", "notes", "patients", "lines")
     for name, values in study.numeric.items():
         arrays[name] = values
         arrays[f"{name}_names"] = np.array(study.columns[name])
@@ -507,7 +511,10 @@ def _check_arrays(study):
                 f"'{name}' is infinite in row {infinite.argmax()}; use NaN for a missing value"
             )
         study.numeric[name] = values.astype(np.float32)
-    arrays = _arrays(study, "labels", "images", "notes", "patients") | study.numeric
+    lines = study.lines
+    if lines is not None and (lines.dtype.kind not in "iu" or lines.ndim != 1):
+        raise Refused(f"lines are {form(lines)}; need integers [N]")
+    arrays = _arrays(study, "labels", "images", "notes", "patients", "lines") | study.numeric
     if len({len(array) for array in arrays.values()}) > 1:
         lengths = ", ".join(f"{name} {len(array)}" for name, array in arrays.items())
         raise Refused(f"lengths differ: {lengths}")

@@ -552,12 +552,13 @@ def compare_origins(synthesizer, diagnoser):
 
 
 def write_table(path, diagnoser, study, rows, patterns, probabilities):
-    """A CSV file with a line per row: what was present, true and predicted classes, and the
-    probability of each class."""
+    """A CSV file with a line per row: its number in the study file, and in the spreadsheet that this
+    was made of; what was present, true and predicted classes, and the probability of each class."""
     classes = diagnoser.classes
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["row", "present", "label", "predicted", *[f"p({name})" for name in classes]])
+    origin = ["row"] if study.lines is None else ["row", "line"]
+    table.writerow([*origin, "present", "label", "predicted", *[f"p({name})" for name in classes]])
     for row, pattern, label, p in zip(rows, patterns, study.labels[rows], probabilities):
         # An unlabelled row has no true class.
         true = label == 1 if study.multilabel else np.arange(len(classes)) == label
@@ -565,6 +566,7 @@ def write_table(path, diagnoser, study, rows, patterns, probabilities):
         table.writerow(
             [
                 shown_row(study, row),
+                *([] if study.lines is None else [study.lines[row]]),
                 pattern,
                 "|".join(compress(classes, true)),
                 "|".join(compress(classes, predicted)),

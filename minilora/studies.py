@@ -120,6 +120,7 @@ def from_table(table, columns, args):
         numeric=numeric,
         columns=columns["numeric"],
         patients=patients,
+        lines=np.array(table.lines),
         fit=args.fit,
     )
     study.prepared = {

@@ -322,7 +322,7 @@ BAD = {
     "'a b' cannot be": {"a b": np.zeros((40, 1), np.float32), "a b_names": np.array(["x"])},
     r"'patients' \[\] must be a list": {"patients": np.array("p")}, "none twice": {"lab_names": np.array(["age", "age"])},
     "labels reach 30000000": {"labels": np.arange(40) % 2 * 30_000_000},
-    "format 2 is not known": {"format": np.int64(2)},
+    "format 2 is not known": {"format": np.int64(2)}, "lines are float64": {"lines": np.zeros(40)}, "lines 39": {"lines": np.arange(39)},
 }  # fmt: skip
 
 

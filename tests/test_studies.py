@@ -204,6 +204,7 @@ def test_what_is_missing_is_counted_and_left_out_of_the_images(folder, capsys):
     assert have[:12, 0].all() and not have[12:16, 0].any() and have[16:18, 0].all() and not have[16:, 1].any() and have[::4, 2].all() and have[:, 2].sum() == 5 and have[:, 3].all()
     assert "labels     sick 11, well 7; 1 unlabelled" in said and "patients   11, largest group 2 samples; 1 samples name none" in said
     bare = convert(tmp_path, out="bare.npz")
+    assert bare.lines.tolist() == [*range(2, 20)] and s.lines.tolist() == [*range(2, 21)]
     assert len(bare) == 18 and "left out   1 rows without a picture, words or numbers, in lines (20)" in capsys.readouterr().out
     s.images[12:14] = 0
     groups = data.groups(s)
@@ -423,10 +424,11 @@ def test_phantoms_that_cannot_be_written_are_refused(argv, words, refused, tmp_p
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
-    """A study of which a third lacks its image, and of which the fit is `pad`."""
+    """A study of which a third lacks its image, of which the fit is `pad`, and which names lines of a spreadsheet."""
     s = phantoms.phantoms(150, 4, size=32).select(("image", "note"))
     s.images[::3] = 0
     s.fit = "pad"
+    s.lines = np.arange(150) * 2 + 5
     path = tmp_path_factory.mktemp("half") / "half.npz"
     data.save_study(path, s)
     return path
@@ -451,6 +453,10 @@ def test_mora_trains_and_serves_a_study_with_missing_images(half, tmp_path, monk
     np.testing.assert_array_equal(diagnoser.predict([wide], words), diagnoser.predict([data.square(wide[None], "pad")[0]], words))
     with pytest.raises(Refused, match="sample 0 has nothing"):
         diagnoser.predict([black])
+    export.main(["predict", "run/onnx", "--data", str(half), "--split", "run/split-s0.npz", "--out", "p.csv"])
+    header, *lines = csv.reader((tmp_path / "p.csv").read_text().splitlines())
+    assert header[:3] == ["row", "line", "present"]
+    assert [int(line[1]) for line in lines] == [2 * int(line[0]) + 5 for line in lines]
 
 
 def test_selora_leaves_out_samples_without_their_image(half, tmp_path, monkeypatch, capsys):
