@@ -557,7 +557,8 @@ def finish(cfg, ctx, identity, results, on_source):
     checkpoint.write_json(cfg.out / "metrics.json", metrics)
     print(report_selora.selora_table(metrics, checkpoint.read_json(cfg.out / "timings.json", {})))
     report_selora.rank_figure(metrics, cfg.steps, cfg.out / "ranks.png")
-    models = {"base, before": ctx.model().eval(), f"after {kept}": model.eval()}
+    after = "after SeLoRA" if kept == "ratio" else f"after {kept}"
+    models = {"base, before": ctx.model().eval(), after: model.eval()}
     samples.show(cfg, target, ctx.parts[0], ctx.pairs, ctx.vae, models)
     print(f"run folder: {cfg.out}; export {kept}, seed 0, with: python export.py selora {cfg.out}")
 
