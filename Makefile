@@ -66,6 +66,7 @@ bench: install
 # DATA is a folder with covid_cxr.npz and pneumoniamnist.npz; what needs them is skipped where they are not.
 DATA ?= data
 results: install
+	.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(PY) docs/results.py run --data $(DATA)
 	$(PY) docs/results.py write
 

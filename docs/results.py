@@ -19,6 +19,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,8 @@ PUBLISHED = [
     published("scarce-own", mora("scarce-own", *SCARCE, "--augment", "own:1000")),
     published("scarce-drawn", mora("scarce-drawn", *SCARCE, "--augment", f"{RUNS}/scarce-generator:1000"),
               "scarce-generator"),
+    Published("peft-phantoms", [["tests/bench/peft_ranks.py", "--out", f"{RUNS}/peft-phantoms", "--seeds", "6", "--resume"]],
+              "peft-phantoms/results.json"),
     Published("fill-usual", filling("fill-usual", "usual"), "fill-usual.json"),
     Published("fill-image", filling("fill-image", "image"), "fill-image.json"),
     Published("fill-both", filling("fill-both", "both", "--train-share", "0.1"), "fill-both.json"),
@@ -188,6 +191,8 @@ def run_one(one, settings):
     for name in needed:
         if not (settings.data / name).is_file():
             return f"{one.name}: SKIPPED, --data {settings.data} does not hold {name}"
+    if "peft_ranks" in str(one.commands) and not find_spec("peft"):
+        return f"{one.name}: SKIPPED, no PEFT: pip install -c constraints.txt -e '.[bench]'"
     started = time.monotonic()
     RUNS.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -439,6 +444,23 @@ def selora_section(name, results):
     yield ""
 
 
+def peft_section(name, results):
+    """The section of tests/bench/peft_ranks.py."""
+    content = results[name]
+    yield from about(content)
+    result = content["result"]
+    rows = [["not adapted", metrics.spread(np.array(result["unadapted"]) * 1e5, 0), "0", "0", ""]]
+    for rank, methods in result["budgets"].items():
+        for row, values in methods.items():
+            counts = [f"{np.mean(values[key]):,.0f}" for key in ("parameters", "trained")]
+            loss = metrics.spread(np.array(values["test"]) * 1e5, 0)
+            rows.append([f"`{row}` r{rank}", loss, *counts, f"{values['rate']:g}"])
+    yield from table(["", "held-out loss x 1e5", "parameters", "parameters at the start", "rate"], rows)
+    yield ""
+    yield from (f"- {line}" for line in result["sentences"])
+    yield ""
+
+
 def filling_table(result):
     """The rows of one comparison of `export.py predict --synthesizer`, and its sentences."""
     rows = []
@@ -490,6 +512,12 @@ or constant tokens do, there is nothing to gain. `lora` is the plain branch with
 `mora-open` is MoRA told that everything is present. That MoRA reaches the optimum of a linear model with a closed form,
 where both of these cannot, is a unit test (`tests/test_mora.py`)."""
 
+RANKS_TEXT = """Held-out loss x 1e5 of each rule minus that of equal ranks at the same number of adapter parameters: mean
+[95% interval], p of the sign test; below 0 is better. `shuffled` are the ranks of `probe-svd`, permuted among layers of
+equal cost; `replay` starts with the ranks that `ratio` ends with; `oracle` trains once to find its ranks, and is charged
+nothing for it. At rank 1's budget `ratio` has nothing to choose. What the judge finds in the pictures stands in the two
+tables below."""
+
 SCARCE_TEXT = """A tenth of the training samples of 4,000 phantoms, 70% of which lack their image or report, and 1,000
 studies more. Each takes the words and the label of a training sample whose words the missing table left. The generator was
 adapted at each seed to pairs that the table left whole, and to nothing else."""
@@ -507,6 +535,7 @@ PARTS = [
         ("selora-xrays", "X-rays drawn from their notes", selora_section),
         ("ranks-phantoms", "Which ranks: phantoms", selora_section),
         ("ranks-xrays", "Which ranks: X-rays", selora_section),
+        ("peft-phantoms", "Which ranks: beside PEFT, on the linear layers of phantoms", peft_section),
     ]),
 ]  # fmt: skip
 FILLED = {
@@ -526,6 +555,9 @@ def page(results):
         for name, title, section in sections:
             lines += [f"### {title}", ""]
             lines += section(name, results) if name in results else ["Not measured yet.", ""]
+        if part == "SeLoRA":
+            k = lines.index("### Which ranks: phantoms")
+            lines[k:k] = ["### Which ranks: both studies", "", RANKS_TEXT, "", *ranks_block(results), ""]
     lines += ["## Both together", "", "### Synthetic studies beside few real ones", "", SCARCE_TEXT, ""]
     for name in SCARCE_ROWS:
         lines += [f"`{command}`  " for command in results.get(name, {"commands": []})["commands"]]
@@ -590,10 +622,9 @@ def ranks_block(results):
     header = ["", *(f"{title}, rank {budget[1:]}'s budget" for title, budget in columns)]
     rows = [["uniform: mean", *(f"{losses['uniform'].mean():.0f}" for losses in columns.values())]]
     for rule in RANKS_SHOWN:
-        row = [f"`{rule}`"]
-        for losses in columns.values():
-            row.append(interval(losses[rule], losses["uniform"], 0) if rule in losses else "")
-        rows.append(row)
+        cells = [interval(x[rule], x["uniform"], 0) if rule in x else "" for x in columns.values()]
+        if any(cells):
+            rows.append([f"`{rule}`", *cells])
     return table(header, rows)
 
 

@@ -344,6 +344,8 @@ def run(cfg, stop):
     content = {"unadapted": unadapted, "budgets": results, "sentences": lines, "torch": torch.__version__,
                "device": str(setting.device)}  # fmt: skip
     checkpoint.write_json(cfg.out / "results.json", content)
+    rows = {path.stem: checkpoint.read_json(path)["seconds"] for path in sorted((cfg.out / "rows").glob("*.json"))}
+    checkpoint.write_json(cfg.out / "timings.json", rows)
     print(*table(results, unadapted), "", *lines, sep="\n")
 
 
