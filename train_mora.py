@@ -66,14 +66,17 @@ class Config:
     modalities: tuple[str, ...] = ()
     # Attach templated notes, right 80% of the time, to a file that has none.
     synthetic_notes: bool = False
-    # Of head (the baseline of every difference), lora, mora, mora-open, mora-shuffled, mora-all,
-    # prompt, full.
+    # head: nothing is added, the baseline of every difference. lora: a plain LoRA branch with as many
+    # parameters as MoRA's. mora: the method. mora-open, mora-shuffled: MoRA told that all is present,
+    # or another sample's pattern. mora-all: a branch beside every block. prompt: learned tokens for
+    # each pattern. full: everything trains.
     methods: tuple[str, ...] = ("head", "lora", "mora", "mora-open", "full")
     # Runs per method; a seed sets split, missing table, initial adapter and batches. --resume may
     # add seeds.
     seeds: Positive = 3
-    # TYPE:RATE for training and validation; TYPE is a modality that is lost, `any`, `both` (any of
-    # two), or `label`: the label says which one is lost, which no model should come to rely on.
+    # What is withheld in training and validation, TYPE:RATE. The rate is the share of samples that
+    # lose something; the type a modality, `any`, `both` (any of two), or `label`: the label says
+    # which is lost, on which no model should come to rely.
     missing: str = "any:0.7"
     test_missing: tuple[str, ...] = ()  # TYPE:RATE of each test row; default: as in training.
     # What stands for an absent modality: `mask` hides it from attention; `dummy` shows an all-ones

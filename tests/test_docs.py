@@ -176,3 +176,8 @@ def test_links_lead_somewhere(page):
 def test_tables_fit_the_width_of_a_page(page):
     wide = [line for line in prose(page).splitlines() if line.startswith("|") and len(line) > 120]
     assert not wide, wide[0]
+
+
+def test_the_first_page_stays_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200 and len(text.split()) <= 2200
