@@ -56,7 +56,8 @@ def selora(name, *settings):
 
 
 TEN = ("--seeds", "10")
-RANK_SEEDS = ("--seeds", "6")  # of which a sign test can just show a difference: p = .031 where all agree
+SIX = ("--seeds", "6")  # of which a sign test can just show a difference: p = .031 where all agree
+GENERATOR = ("--lr", "0.01", "full:0.001")  # what the default run of train_selora.py picks
 RANK_ROWS = ("--rows", "uniform", "random", "neyman", "probe-svd", "shuffled", "oracle", "ratio", "replay")
 SMALL = ("--phantoms", "4000")
 SCARCE = (*SMALL, "--train-share", "0.1", "--methods", "mora", "full", *TEN)
@@ -81,7 +82,7 @@ def filling(name, fact, *share):
     return [
         ["-m", "minilora.studies", "phantoms", "--samples", "8000", "--fact", fact, "--out", study],
         mora(f"{name}-mora", "--data", study, "--methods", "mora", "--seeds", "1", *share),
-        selora(f"{name}-selora", "--data", study, "--seeds", "1", "--table", diagnoser, "--lr", "0.01", "full:0.001", *share),
+        selora(f"{name}-selora", "--data", study, "--seeds", "1", "--table", diagnoser, *GENERATOR, *share),
         ["export.py", "mora", diagnoser],
         ["export.py", "selora", generator],
         ["export.py", "predict", f"{diagnoser}/onnx", "--data", study, "--split", f"{diagnoser}/split-s0.npz", *compare],
@@ -104,7 +105,7 @@ def published(name, command, *needs):
 def ranks(name, judge, *settings):
     """A table of rules at equal parameters."""
     sizes = ("--width", "32", "--steps", "300", "--judge", f"{RUNS}/{judge}")
-    command = selora(name, "--rules-table", *RANK_SEEDS, *RANK_ROWS, *sizes, *settings)
+    command = selora(name, "--rules-table", *SIX, *RANK_ROWS, *sizes, *settings)
     return published(name, command, judge)
 
 
@@ -114,13 +115,13 @@ PUBLISHED = [
     published("mora-phantoms", mora("mora-phantoms", *TEN, *FIRST)),
     published("mora-fill", mora("mora-fill", *TEN, *FILL)),
     published("mora-label", mora("mora-label", *TEN, *LABEL)),
-    published("mora-pneumonia", mora("mora-pneumonia", *TEN, *PNEUMONIA)),
-    published("mora-covid", mora("mora-covid", *TEN, *COVID)),
-    published("selora-phantoms", selora("selora-phantoms", "--seeds", "6", "--judge", f"{RUNS}/judge"), "judge"),
+    published("mora-pneumonia", mora("mora-pneumonia", *SIX, *PNEUMONIA)),
+    published("mora-covid", mora("mora-covid", *SIX, *COVID)),
+    published("selora-phantoms", selora("selora-phantoms", *SIX, "--judge", f"{RUNS}/judge"), "judge"),
     ranks("ranks-phantoms", "judge"),
     ranks("ranks-xrays", "judge-xrays", *XRAYS, "--buckets", "8192"),
     published("scarce-none", mora("scarce-none", *SCARCE)),
-    Published("scarce-generator", [selora("scarce-generator", *SMALL, "--train-share", "0.1", *TEN,
+    Published("scarce-generator", [selora("scarce-generator", *SMALL, "--train-share", "0.1", *TEN, *GENERATOR,
                                           "--table", f"{RUNS}/scarce-none")], needs=("scarce-none",)),
     published("scarce-random", mora("scarce-random", *SCARCE, "--augment", "random:1000")),
     published("scarce-class", mora("scarce-class", *SCARCE, "--augment", "class:1000")),
