@@ -503,6 +503,10 @@ The commit that is named is the one at which a result was finished.
   would come out by chance where nothing differs.
 - **Rates**: every method has its own learning rate, the best on the validation rows at seed 0 of a grid that is widened
   while the best lies at its edge. It is picked at one seed: neighbouring rates often differ by less than seeds do.
+- **Columns**: "parameters" are those of the adapter alone: 0 for `head`, which trains pooler and head as every method does,
+  and for `full`, which trains all weights. "Rate" is the learning rate. "Minus head-only" is the row minus `head`, "MoRA
+  minus it" is MoRA minus the row. -0.000 is below 0 by less than is shown. Macro-F1 is the mean over classes of the harmonic
+  mean of precision and recall, AUROC the area under the curve of true against false positives.
 - **Controls**: the larger class, linear models without any transformer, random images, shuffled and random ranks.
 - "Phantoms" are synthetic chest studies drawn by a program: what holds there need not hold in a hospital.
 """
@@ -552,7 +556,8 @@ def page(results):
     for part, sections in PARTS:
         lines += [f"## {part}", ""]
         if part == "MoRA":
-            lines += ["### When knowing the pattern pays", "", WHEN, "", *awareness_table(results), ""]
+            lines += ["### When knowing the pattern pays", "", WHEN, "", *awareness_table(results), "",
+                      "The commands of its columns stand in the next three sections.", ""]
         for name, title, section in sections:
             lines += [f"### {title}", ""]
             lines += section(name, results) if name in results else ["Not measured yet.", ""]
