@@ -71,6 +71,9 @@ def grid(path, title, tops, rows):
 # ---- MoRA
 
 
+FEW = 100  # test samples below which a run says that they are few
+
+
 def describe(study, draws, config):
     """What a run of train_mora.py works on, as lines; draws {seed: what `task.draw_task` gives};
     config: the ViT's."""
@@ -87,6 +90,9 @@ def describe(study, draws, config):
             patterns = [data.pattern_name(row, study.modalities) for row in present]
             names, counts = np.unique(patterns, return_counts=True)
             yield f"  {text}: " + ", ".join(f"{n} {c}" for n, c in zip(names, counts))
+    fewest = min(len(draw["parts"]["test"]) for draw in draws.values())
+    if fewest < FEW:
+        yield f"few test samples: {fewest}, so that one answer more moves accuracy by {1 / fewest:.3f}"
 
 
 def mora_metrics(cfg, study, results, picked, ranks, simple):
