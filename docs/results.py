@@ -563,7 +563,8 @@ def page(results):
             lines += section(name, results) if name in results else ["Not measured yet.", ""]
         if part == "SeLoRA":
             k = lines.index("### Which ranks: phantoms")
-            lines[k:k] = ["### Which ranks: both studies", "", RANKS_TEXT, "", *ranks_block(results), ""]
+            picture = ["![each rule's loss minus that of equal ranks](ranks.png)", ""] if {*RANKS} & {*results} else []
+            lines[k:k] = ["### Which ranks: both studies", "", RANKS_TEXT, "", *picture, *ranks_block(results), ""]
     lines += ["## Both together", "", "### Synthetic studies beside few real ones", "", SCARCE_TEXT, ""]
     for name in SCARCE_ROWS:
         lines += [f"`{command}`  " for command in results.get(name, {"commands": []})["commands"]]
@@ -622,13 +623,7 @@ RANKS_SHOWN = ("probe-svd", "shuffled", "inverse-cost", "neyman", "random", "rat
 
 def ranks_block(results):
     """Each rule's loss minus that of uniform ranks, for each study and budget."""
-    columns = {}  # {(study, budget): {rule: losses x 1e5}}
-    for name, title in RANKS.items():
-        for budget in ("r1", "r2", "r3"):
-            if name in results:
-                methods = results[name]["result"]["methods"]
-                rows = {rule: methods.get(f"{rule} {budget}") for rule in ("uniform", *RANKS_SHOWN)}
-                columns[title, budget] = {k: np.array(v["heldout_loss"]) * 1e5 for k, v in rows.items() if v}
+    columns = rank_losses(results)
     if not columns:
         return NOT_YET
     header = ["", *(f"{title}, rank {budget[1:]}'s budget" for title, budget in columns)]
@@ -747,9 +742,59 @@ BLOCKS = {
 }
 
 
+def rank_losses(results):
+    """{(study, 'r1', 'r2' or 'r3'): {rule: held-out losses x 1e5 per seed}}."""
+    columns = {}
+    for name, title in RANKS.items():
+        for budget in ("r1", "r2", "r3"):
+            if name in results:
+                methods = results[name]["result"]["methods"]
+                rows = {rule: methods.get(f"{rule} {budget}") for rule in ("uniform", *RANKS_SHOWN)}
+                if rows["uniform"]:
+                    columns[title, budget] = {k: np.array(v["heldout_loss"]) * 1e5 for k, v in rows.items() if v}
+    return columns
+
+
+def ranks_figure(results, path):
+    """docs/ranks.png: each rule's loss minus that of equal ranks, with its interval."""
+    plt = report.pyplot()
+    columns = rank_losses(results)
+    if plt is None or not columns:
+        return
+    titles = list(dict.fromkeys(title for title, _ in columns))
+    rules = [rule for rule in RANKS_SHOWN if any(rule in losses for losses in columns.values())]
+    fig, axes = plt.subplots(1, len(titles), figsize=(4.6 * len(titles) + 1, 3.8), dpi=120, squeeze=False, sharey=True)
+    for ax, title in zip(axes[0], titles):
+        budgets = [budget for study, budget in columns if study == title]
+        for k, budget in enumerate(budgets):
+            losses = columns[title, budget]
+            for y, rule in enumerate(rules):
+                if rule in losses:
+                    gap = metrics.paired(losses[rule], losses["uniform"])
+                    place = y + 0.22 * (k - 1)
+                    ax.plot([gap["low"], gap["high"]], [place, place], color=f"C{k}", lw=1.5)
+                    ax.plot(gap["mean"], place, "o", ms=5, color=f"C{k}", label=f"rank {budget[1:]}'s budget" if rule == rules[0] else None)
+        ax.axvline(0, color="0.5", lw=1)
+        ax.set(title=f"{title}, {len(losses['uniform'])} seeds", xlabel="held-out loss x 1e5 minus that of equal ranks; left is better")
+        ax.grid(axis="x", alpha=0.3)
+    axes[0, 0].set_yticks(range(len(rules)), rules)
+    axes[0, 0].invert_yaxis()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    axes[0, -1].legend(handles, labels, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    report.save_figure(fig, path)
+
+
+def draw(results):
+    """The figures of the pages; without matplotlib they stay as they are."""
+    if "mora-phantoms" in results:
+        report.mora_figure(results["mora-phantoms"]["result"], ROOT / "docs/mora.png")
+    ranks_figure(results, ROOT / "docs/ranks.png")
+
+
 def write(settings=None):
-    """docs/results.md and the tables in README.md."""
+    """docs/results.md, the tables in README.md, and figures."""
     results = read_results()
+    draw(results)
     data.write_atomic(ROOT / "docs/results.md", page(results))
     readme = ROOT / "README.md"
     data.write_atomic(readme, filled(readme.read_text(), results))

@@ -70,3 +70,31 @@ def test_blocks_of_the_readme_are_filled(monkeypatch):
     monkeypatch.setattr(results, "BLOCKS", {"one": lambda kept: [f"| {kept['x']} |"]})
     text = "a\n<!-- result one -->\nold\nlines\n<!-- end -->\nb\n"
     assert results.filled(text, {"x": 7}) == "a\n<!-- result one -->\n| 7 |\n<!-- end -->\nb\n"
+
+
+def made_up(shift):
+    """Results of six seeds in which `ratio` and drawn studies are off by so much, in losses and in macro-F1."""
+    noise = np.random.default_rng(0).normal(size=6) * 1e-6
+    loss = {row: {"heldout_loss": list(0.4 + noise)} for row in ("uniform r2", "probe-svd r2")}
+    ranks = {"methods": loss | {"ratio r2": {"heldout_loss": list(0.4 + 2 * noise + shift)}}}
+    scarce = {m: {"macro_f1": list(0.5 + noise)} for m in ("mora", "full")}
+    drawn = {m: {"macro_f1": list(0.5 + 2 * noise + shift)} for m in ("mora", "full")}
+    kept = {name: ranks for name in results.RANKS}
+    kept |= {"scarce-none": {"methods": scarce}, "scarce-random": {"methods": scarce}, "scarce-drawn": {"methods": drawn}}
+    return {name: {"result": result} for name, result in kept.items()}
+
+
+@pytest.mark.parametrize("shift,loss,score", [(0, *["not shown to differ from"] * 2), (0.01, "worse than", "better than"), (-0.01, "better than", "worse than")])
+def test_what_was_found_is_said_as_the_numbers_are(shift, loss, score, tmp_path):
+    ranks, both = results.found_block(made_up(shift))
+    assert f"grow by the paper's rule are {loss} equal ranks on phantoms" in ranks
+    assert "plans are not shown to differ from equal ranks on phantoms" in ranks
+    assert f"MoRA is {score} without them" in both and f"full fine-tuning is {score} without them" in both
+    assert results.found_block({}) == results.NOT_YET
+
+
+@pytest.mark.pictures
+def test_the_figure_of_ranks_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    results.ranks_figure(made_up(0.01), tmp_path / "ranks.png")
+    assert (tmp_path / "ranks.png").stat().st_size > 5000
