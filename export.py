@@ -4,13 +4,13 @@
     python export.py selora runs/selora              # -> runs/selora/onnx: the sampler in one graph
     python export.py selora runs/selora --hot-swap runs/swap   # the base, and a file per adapter
     python export.py peft runs/selora --out adapter  # the adapter for PEFT or diffusers
-    python export.py check runs/mora/onnx            # parity with torch, provider
+    python export.py check runs/mora/onnx            # compare the graphs with torch
     python export.py predict runs/mora/onnx --image chest.png --note "fever, recent cold"
     python export.py sample runs/selora/onnx --note "coin lesion sinistral, febrile" --out sheet.png
 
-How a run becomes graphs stands in `minilora/export_mora.py` and `minilora/export_selora.py`; skip
-them when you read for a method. `predict`, `sample` and `check` are `minilora/serve_cli.py` and
-import no torch.
+`minilora/export_mora.py` and `minilora/export_selora.py` turn a run into graphs; skip them when
+you read for a method. `predict`, `sample` and `check` are in `minilora/serve_cli.py` and import no
+torch.
 """
 
 import argparse
@@ -41,8 +41,9 @@ def export_adapter(run, out, format="peft", method=None, seed=None):
             getattr(interchange, f"save_{format}")(model, work)
         if len(words["ids"]):
             data.write_atomic(work / "words.npz", data.npz_bytes(words))
-            print(f"{out}/words.npz: the vectors of {len(words['ids'])} words that were trained too, which "
-                  "no such file holds: set these rows of text.words.weight in the base")
+            print(f"{out}/words.npz: the vectors of {len(words['ids'])} words that were trained too. "
+                  "An adapter file has no place for them: set these rows of text.words.weight in "
+                  "the base")
     return out
 
 
@@ -55,24 +56,25 @@ def command_line():
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for kind in ("mora", "selora"):
-        p = commands.add_parser(kind, help=f"freeze a run of train_{kind}.py")
-        p.add_argument("run", type=Path, help="run folder")
-        p.add_argument("--method", help="instead of the method that the run kept")
-        p.add_argument("--seed", type=int, help="instead of the seed that the run kept")
+        p = commands.add_parser(kind, help=f"export a run of train_{kind}.py as ONNX graphs")
+        p.add_argument("run", type=Path, help=f"run folder of train_{kind}.py")
+        p.add_argument("--method", help="method to export (default: that which the run kept)")
+        p.add_argument("--seed", type=int, help="seed to export (default: that which the run kept)")
         p.add_argument("--out", type=Path, help="folder to write (default: RUN/onnx)")
         p.add_argument("--fp16", action="store_true",
-                       help="float16 inside; inputs and outputs stay float32")
+                       help="compute in float16; inputs and outputs stay float32")
         if kind == "selora":
             p.add_argument("--hot-swap", type=Path, metavar="FOLDER",
-                           help="add the adapter to FOLDER, beside its base")
+                           help="write the adapter into FOLDER, beside a base that several share")
             p.add_argument("--name",
-                           help="with --hot-swap: the adapter's name (default: the run folder's)")
+                           help="with --hot-swap: name of the adapter (default: the run folder's)")
     p = commands.add_parser("peft", help="write a run's SeLoRA adapter for PEFT or diffusers")
     p.add_argument("run", type=Path, help="run folder of train_selora.py")
     p.add_argument("--out", type=Path, required=True, help="new folder to write")
-    p.add_argument("--format", choices=FORMATS, default="peft", help="whose file (default: peft)")
-    p.add_argument("--method", help="instead of the method that the run kept")
-    p.add_argument("--seed", type=int, help="instead of the seed that the run kept")
+    p.add_argument("--format", choices=FORMATS, default="peft",
+                   help="the library whose file format is written (default: peft)")
+    p.add_argument("--method", help="method to write (default: that which the run kept)")
+    p.add_argument("--seed", type=int, help="seed to write (default: that which the run kept)")
     for name, about in serve_cli.COMMANDS.items():
         commands.add_parser(name, help=f"{about}; see `export.py {name} --help`")
     return parser
@@ -95,10 +97,10 @@ def main(argv=None):
             print(f"exported to {out}; try: python export.py predict {out} --help")
         else:
             if options["name"] and not options["hot_swap"]:
-                raise Refused("--name is the name of an adapter in a --hot-swap FOLDER: "
-                              "give the folder too")
+                raise Refused(f"--name {options['name']} names an adapter in a --hot-swap FOLDER: "
+                              "give --hot-swap too")
             if options["hot_swap"] and (options["fp16"] or options["out"]):
-                raise Refused("--hot-swap FOLDER is where the files go, in float32: "
+                raise Refused("--hot-swap FOLDER says where the files go, and they are float32: "
                               "leave out --out and --fp16")
             from minilora.export_selora import export_selora
 

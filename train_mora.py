@@ -108,7 +108,7 @@ class Config:
     positions: Natural = 0
     # Steps of pretraining on the source, once; the base is cached under runs/base.
     pretrain_steps: Positive = 1200
-    # Phantoms to draw of a domain where no file is given.
+    # Phantoms to draw for a domain whose file is not given.
     phantoms: Positive = 8000
     # Share of the training split that is used, for scarce data; small shares lie in large.
     train_share: Share = 1.0

@@ -53,7 +53,7 @@ PRESETS = {
 
 @dataclass
 class Config:
-    """Adapt a frozen latent diffusion model to new images and words, by ranks that grow."""
+    """Adapt a frozen latent diffusion model to new images and words by adapters whose ranks grow."""
 
     out: Path = Path("runs/selora")  # Run folder: config, splits, log, metrics, adapters, model.
     # Study file (.npz) with images and notes; default: phantoms of the target domain.
@@ -61,51 +61,59 @@ class Config:
     # Study file that the base is pretrained on; default: phantoms of the source domain.
     source: Path | None = None
     synthetic_notes: bool = False  # Attach templated notes to files that have none.
-    # Runs per rule; a seed sets split, initial adapter and batches. --resume may add seeds.
+    # Runs of each rule, one per seed, which sets split, initial adapter and batches. --resume may
+    # add seeds.
     seeds: Positive = 3
-    # How each layer gets its rank, the number of adapter rows in use. Ranks grow by `ratio` (the
-    # paper's rule) or `gain`; `neyman` and `probe-svd` plan them before training; `fixed` (--rank in
-    # every layer) and `uniform` (equal ranks at --budget) are plain LoRA; `replay` takes those of
-    # another run. Controls are inverse-cost, random, random-grown and cheapest.
+    # How each layer gets its rank: how many columns of A and rows of B of its adapter are in use.
+    # Ranks grow by `ratio` (the paper's rule) or `gain`; `neyman` and `probe-svd` plan them before
+    # training; `fixed` (--rank in every layer) and `uniform` (equal ranks at --budget) are plain
+    # LoRA; `replay` takes the ranks of another run. Controls are inverse-cost, random, random-grown
+    # and cheapest.
     rule: str = "ratio"
     lam: float = 1.3  # With `ratio`, a layer grows where its FI-Ratio is at least this.
-    every: Positive = 40  # Steps between two probes.
-    # Whether `ratio` tests the next column as it was drawn (sampled) or on average (expected).
+    every: Positive = 40  # Steps between two probes, at which ranks may grow.
+    # Whether `ratio` tests the next column of A as it was drawn (sampled), or the average over such
+    # draws (expected).
     ratio_of: str = "sampled"
     # How Fisher information is computed: `probe`, from the ordinary backward, or `loop`, with one
     # backward for each sample, which is slow and easy to read.
     fisher: str = "probe"
     rank: int = 1  # Rank of every layer at the start.
     capacity: Positive = 8  # Highest rank of a layer.
-    # Adapter parameters that a rule may spend; 0: what uniform rank 2 costs, and for ratio no limit.
+    # Adapter parameters that a rule may spend; 0: what rank 2 in every layer costs, and for `ratio`
+    # no limit.
     budget: Natural = 0
     # Run folder whose final ranks `--rule replay` starts from, seed by seed.
     replay: Path | None = None
-    # Run folder of train_mora.py: its frozen ViT measures the samples by Frechet distance and by
-    # agreement with the words.
+    # Run folder of train_mora.py: its frozen ViT measures the drawn images by Frechet distance and
+    # by agreement with the words.
     judge: Path | None = None
-    # Regular expression over full layer names; empty: every Linear and Conv2d.
+    # Regular expression for the full names of the layers to adapt; empty: every Linear and Conv2d.
     targets: str = ""
-    # Train also the vectors of words that at least so many training notes have: adapters of low
-    # rank cannot tell new words apart, and rare ones would learn single images by heart. 0: none.
+    # Also train the vectors of words that are in at least this many training notes, since adapters
+    # of low rank cannot tell new words apart; the vectors of rarer words would learn single images
+    # by heart. 0: train no vectors of words.
     word_notes: Natural = 20
-    # Run folder of train_mora.py whose missing table holds here too: of its training rows, only those
-    # are used that the table left both image and note.
+    # Run folder of train_mora.py whose missing table holds here too: of its training and validation
+    # rows, only those are used of which the table withholds neither image nor note.
     table: Path | None = None
-    # Run every rule at each of --budgets and compare them; the judge sees no images without words.
+    # Run every rule at each of --budgets and compare them; the judge then leaves out its control,
+    # images drawn without words.
     rules_table: bool = False
-    # Budgets of --rules-table, as the uniform rank that costs as much; 0: what ratio costs without one.
+    # Budgets of --rules-table, each as the uniform rank that costs as much; 0: what `ratio` costs
+    # without a budget.
     budgets: tuple[int, ...] = (1, 2, 3, 0)
     rows: tuple[str, ...] = ()  # Rules that --rules-table is restricted to; default: all.
     steps: Positive = 900  # Adaptation steps.
     batch: Positive = 32  # Samples per step.
-    # A peak learning rate for all adapters, of which `full` gets a tenth, or RULE:RATE for some and
-    # `full`; default: the best of 0.003, 0.01, 0.03 (full: a tenth) by the loss of seed 0's
-    # validation rows, and of more at an edge. With B = 0 a layer's first step of Adam is proportional to rank x scale x rate, so what
-    # is best depends on the ranks.
+    # RATE, a peak learning rate for all rules, of which `full` gets a tenth, or RULE:RATE for some.
+    # Default: the best of 0.003, 0.01, 0.03 (`full`: a tenth of these) by the loss on the
+    # validation rows at seed 0, and of the next rates beyond these while the best lies at an edge.
+    # With B = 0 a layer's first step of Adam is proportional to rank x scale x rate, so the best
+    # rate depends on the ranks.
     lr: tuple[str, ...] = ()
     image_size: Positive = 32  # Images are resized to this.
-    factor: Positive = 2  # Image size over latent size, a power of two.
+    factor: Positive = 2  # Image size divided by latent size, a power of two.
     latent: Positive = 4  # Latent channels.
     vae_width: Positive = 16  # Width of the autoencoder.
     width: Positive = 48  # Width of the UNet.
@@ -119,27 +127,29 @@ class Config:
     positions: Natural = 0
     vae_steps: Positive = 500  # Steps of pretraining the autoencoder.
     pretrain_steps: Positive = 2000  # Steps of pretraining the denoiser.
-    # Phantoms to draw of a domain where no file is given.
+    # Phantoms to draw for a domain whose file is not given.
     phantoms: Positive = 4000
     # Share of the training split to adapt with, for scarce data; as in train_mora.py.
     train_share: Share = 1.0
-    # Noise over signal at every timestep, as a multiple of the cosine schedule's.
+    # Ratio of the variances of noise and signal at every timestep, as a multiple of the cosine
+    # schedule's.
     noisier: Annotated[float, Bounds(above=0, below=1e4)] = 9.0
-    # Classifier-free guidance of the samples.
+    # Classifier-free guidance of the drawn images: 0 ignores the words, 1 is the model itself.
     guidance: Annotated[float, Bounds(low=0, below=1e6)] = 3.0
-    # Add to samples the pixel noise that the autoencoder leaves out; --no-grain where what it
-    # leaves out is not noise.
+    # Add to drawn images the pixel noise that the autoencoder leaves out; give --no-grain where
+    # what it leaves out is not noise.
     grain: bool = True
-    sample_steps: Positive = 10  # DDIM steps of the samples.
-    # Replaces sizes left at their defaults: small (none), base (9M parameters) or large (57M,
-    # 64x64, for a GPU).
+    sample_steps: Positive = 10  # DDIM (denoising) steps of a drawn image.
+    # Replaces sizes that are left at their defaults: small (none), base (9M parameters), or large
+    # for a GPU (57M, 64x64).
     preset: str = "small"
-    device: str = "auto"  # auto, cpu, cuda or cuda:N.
-    # Forward passes of the adaptation in bfloat16; weights, optimizer and Fisher stay float32.
+    device: str = "auto"  # Device to run on: auto, cpu, cuda or cuda:N.
+    # Compute the forward passes of the adaptation in bfloat16; weights, optimizer and Fisher
+    # information stay in float32.
     amp: bool = False
-    # torch.compile the adaptation step, once: growth does not compile again.
+    # Compile the adaptation step with torch.compile, once: growing ranks does not compile it again.
     compile: bool = False
-    # Go on with the run in --out, or show it again if it is finished.
+    # Go on with the run in --out, or print its results again if it is finished.
     resume: bool = False
 
 

@@ -230,7 +230,7 @@ def _check_kind(path, content, kind):
     if same_kind and kind == "resume":
         raise Refused(
             f"{path}: a stopped training of another version of minilora (format {content.get('format')}; "
-            f"this one reads {wanted}); go on with that version, or remove the file to train this part anew"
+            f"this one reads {wanted}); go on with that version, or remove the file to train this part again"
         )
     raise Refused(f"{path}: holds '{content.get('kind')}', not a '{kind}' of format {wanted}")
 
@@ -436,7 +436,7 @@ def open_run(cfg):
         keys += ["seeds"] * more
         differs = ", ".join(change(k, before.get(k), identity.get(k)) for k in keys[:3])
         raise Refused(
-            f"{cfg.out} holds a run of another configuration ({differs}, says {path}); choose another --out"
+            f"{cfg.out} holds a run of another configuration ({differs}; see {path}); choose another --out"
         )
     if not cfg.resume:
         raise Refused(

@@ -208,7 +208,7 @@ def load_mora(run, method=None, seed=None):
     check_tokenizer(path, saved)
     file, adapter = chosen_adapter(run, saved, method, seed)
     if adapter["method"] == "mora-shuffled":
-        raise Refused("mora-shuffled is a control that needs other samples' patterns; "
+        raise Refused("mora-shuffled is a control that needs the presence of other samples; "
                       "it cannot be served")
     saved["adapter"] = adapter
     check_sizes(path, saved)
@@ -295,7 +295,8 @@ def put_words(model, words):
     ids = words["ids"]
     vectors = words["vectors"]
     if ids.dtype != torch.int64 or ids.dim() != 1 or vectors.dtype != table.dtype:
-        raise ValueError(f"word ids are {ids.dtype} {[*ids.shape]}, their vectors {vectors.dtype}")
+        raise ValueError(f"word ids are {ids.dtype} {[*ids.shape]}, their vectors {vectors.dtype}; "
+                         f"must be torch.int64 [n] and {table.dtype}")
     if vectors.shape != (len(ids), table.shape[1]) or not vectors.isfinite().all():
         shape = [*vectors.shape]
         raise ValueError(f"word vectors {shape} for {len(ids)} ids must be finite, of width "

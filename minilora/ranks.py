@@ -384,20 +384,20 @@ def check_rules(cfg):
             f"--fisher '{cfg.fisher}' probe or loop"
         )
     if (cfg.rule == "replay") != (cfg.replay is not None):
-        raise ValueError("--rule replay and --replay RUN go together")
+        raise ValueError("--rule replay and --replay RUN go together: give both or neither")
     if cfg.rules_table:
         check_table(cfg)
     if cfg.rule == "ratio" and cfg.rank and cfg.steps <= cfg.every:
         raise ValueError(
-            f"--steps {cfg.steps} ends before the first probe, --every {cfg.every}: "
-            "nothing would grow"
+            f"--steps {cfg.steps} ends before the first probe, --every {cfg.every}: no rank would "
+            "grow; raise --steps or lower --every"
         )
     if not 0 <= cfg.rank <= cfg.capacity:
-        raise ValueError(f"--rank {cfg.rank} is outside 0..{cfg.capacity}, the capacity")
+        raise ValueError(f"--rank {cfg.rank} is outside 0..{cfg.capacity} (--capacity {cfg.capacity})")
     if cfg.rank == 0 and cfg.rule == "fixed":
         raise ValueError("--rank 0 with --rule fixed would train nothing; use --rank 1 or more")
     if not 0 <= cfg.lam < 1e9:
-        raise ValueError(f"--lam {cfg.lam} must be a number of at least 0")
+        raise ValueError(f"--lam {cfg.lam} must be in [0,1e9)")
     given_rates(cfg)
     check_used(cfg)
 
@@ -423,9 +423,9 @@ def check_table(cfg):
     """ValueError where the rows of --rules-table cannot be made."""
     budgets = cfg.budgets
     if not budgets or len({*budgets}) < len(budgets) or min(budgets) < 0:
-        raise ValueError(f"--budgets {budgets} must name ranks, or 0, none twice")
+        raise ValueError(f"--budgets {budgets} must name at least one rank, or 0, and none twice")
     if max(budgets) > cfg.capacity:
-        raise ValueError(f"--budgets has rank {max(budgets)}; --capacity is {cfg.capacity}")
+        raise ValueError(f"--budgets has rank {max(budgets)}; the limit is --capacity {cfg.capacity}")
     known = {*PLANNED, *GROWN}
     if alien := [row for row in cfg.rows if row not in known]:
         raise ValueError(f"--rows '{alien[0]}' is not known; use {', '.join(sorted(known))}")
@@ -473,7 +473,7 @@ def check_adapters(cfg, model):
             replay = replayed(finished, cfg.seeds, model)
     line = (
         f"denoiser: {total:,} parameters, {len(costs)} layers adapted; an adapter of rank 1 has "
-        f"{cost:,}, of rank {cfg.capacity} {cfg.capacity * cost:,}"
+        f"{cost:,} parameters, one of rank {cfg.capacity} has {cfg.capacity * cost:,}"
     )
     return costs, replay, line
 
@@ -499,7 +499,7 @@ def replayed(report, seeds, model):
     except (AttributeError, KeyError, StopIteration, TypeError):
         raise ValueError("not a finished run of train_selora.py") from None
     if len(runs) < seeds:
-        raise ValueError(f"has {len(runs)} seeds; --seeds {seeds} need as many")
+        raise ValueError(f"has {len(runs)} seeds; --seeds {seeds} needs {seeds}")
     for ranks in runs[:seeds]:
         try:
             set_ranks(copy.deepcopy(model), ranks)

@@ -31,8 +31,8 @@ from minilora.data import Refused
 from minilora.serve import Diagnoser, Synthesizer, check, fill_in, own_manifest, tolerance
 
 COMMANDS = {
-    "check": "rerun the golden inputs and compare with torch's outputs",
-    "predict": "diagnose one sample, or a file with --data",
+    "check": "run the stored golden inputs again and compare the outputs with torch's",
+    "predict": "diagnose one sample, or all samples of a study file with --data",
     "sample": "draw images from words",
 }
 
@@ -45,14 +45,14 @@ def command_line(argv):
     column of its folder."""
     parser = argparse.ArgumentParser(
         prog="minilora.serve",
-        description="Inference from an exported folder, and its command line: "
-        "numpy and onnxruntime, never torch.",
+        description="Check an exported folder, predict with it, or draw images with it. "
+        "It needs numpy and onnxruntime, and no torch.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in COMMANDS.items():
         p = commands.add_parser(name, help=what, allow_abbrev=False)
-        p.add_argument("folder", type=Path, help="what export.py wrote, for example runs/mora/onnx")
-        p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+        p.add_argument("folder", type=Path, help="folder that export.py wrote, e.g. runs/mora/onnx")
+        p.add_argument("--device", default="auto", help="device: auto, cpu or cuda (default: auto)")
     add_sample(commands.choices["sample"])
     add_predict(commands.choices["predict"])
     columns = {}
@@ -68,16 +68,18 @@ def add_sample(p):
     p.add_argument(
         "--note", action="append", required=True, help="words to draw; may be given several times"
     )
-    p.add_argument("--n", type=int, default=8, help="images of each note (default: 8)")
-    p.add_argument("--seed", type=int, default=0, help="same seed, same images (default: 0)")
+    p.add_argument("--n", type=int, default=8, help="images to draw for each note (default: 8)")
+    p.add_argument("--seed", type=int, default=0,
+                   help="the same seed gives the same images (default: 0)")
     p.add_argument(
-        "--adapter", help="of a hot-swap folder: the adapter's name (default: its base alone)"
+        "--adapter",
+        help="for a hot-swap folder: name of the adapter (default: none, the base draws alone)",
     )
     p.add_argument(
         "--out",
         type=Path,
         default=Path("sheet.png"),
-        help="a .png sheet (pictures extra) or an .npy array (default: sheet.png)",
+        help="file to write: a .png sheet (pictures extra) or an .npy array (default: sheet.png)",
     )
     add_sampling(p)
 
@@ -87,53 +89,59 @@ def add_predict(p):
     p.add_argument(
         "--image",
         type=Path,
-        help="picture (pictures extra) or .npy array; leave out if missing",
+        help="the sample's image: a picture (needs the pictures extra) or an .npy array; leave it "
+        "out if it is missing",
     )
-    p.add_argument("--note", help="report in words; leave out if missing")
-    p.add_argument("--data", type=Path, help="study file: predict all of it and print metrics")
-    p.add_argument("--synthetic-notes", action="store_true", help="with --data: as in training")
+    p.add_argument("--note", help="the sample's report, in words; leave it out if it is missing")
+    p.add_argument("--data", type=Path, help="study file: predict all its samples and print scores")
+    p.add_argument("--synthetic-notes", action="store_true",
+                   help="with --data: attach templated notes to a file without any, as in training")
     p.add_argument(
         "--split",
         type=Path,
-        help="with --data: keep to the test rows of this split-sN.npz",
+        help="with --data: predict only the test rows of this split-sN.npz",
     )
-    p.add_argument("--missing", help="with --split: apply its stored missing table, TYPE:RATE")
-    p.add_argument("--out", type=Path, help="with --data: CSV of probabilities")
-    p.add_argument("--scores", type=Path, help="with --data: JSON of all that is printed")
+    p.add_argument("--missing", metavar="TYPE:RATE",
+                   help="with --split: withhold what this missing table of that file withholds")
+    p.add_argument("--out", type=Path, help="with --data: CSV file for the probabilities")
+    p.add_argument("--scores", type=Path, help="with --data: JSON file for all that is printed")
     p.add_argument(
         "--filled",
         action="append",
         metavar="MODALITY",
-        help="of a model that was trained with --absent fill: what is given for this modality is "
-        "another patient's, or drawn; may be given several times",
+        help="for a model that was trained with --absent fill: what is given for this modality is "
+        "another patient's, or was drawn; may be given several times",
     )
     p.add_argument(
-        "--batch", type=int, default=64, help="samples that are run at once (default: 64)"
+        "--batch", type=int, default=64, help="samples that the model takes at once (default: 64)"
     )
     p.add_argument(
         "--synthesizer",
         type=Path,
         metavar="FOLDER",
-        help="what export.py selora wrote: draws the images of samples that have only words",
+        help="folder that export.py selora wrote: it draws the image of a sample that has words "
+        "and lacks its image",
     )
-    p.add_argument("--draws", type=int, default=4, help="images drawn per sample (default: 4)")
+    p.add_argument("--draws", type=int, default=4,
+                   help="with --synthesizer: images to draw for each such sample (default: 4)")
     add_sampling(p)
 
 
 def add_sampling(p):
     """The arguments of whatever draws images."""
     p.add_argument(
-        "--steps", type=int, default=10, help="DDIM steps of a drawn image (default: 10)"
+        "--steps", type=int, default=10, help="DDIM (denoising) steps of an image (default: 10)"
     )
     p.add_argument(
-        "--guidance", type=float, default=3.0, help="weight of the words in it (default: 3)"
+        "--guidance", type=float, default=3.0,
+        help="weight of the words: 0 ignores them, 1 is the model itself (default: 3)",
     )
     p.add_argument(
         "--no-grain",
         dest="grain",
         action="store_false",
-        help="draw without grain: the noise of a pixel, which the autoencoder leaves out and which "
-        "is drawn back as its decoder's own normal distribution",
+        help="leave out grain: pixel noise that the autoencoder loses, and that is added back from "
+        "its decoder's normal distribution",
     )
 
 
@@ -225,8 +233,8 @@ def predict_one(diagnoser, args, columns):
         images = [image if colour else data.grey(image)]
     if args.synthesizer and not args.image and (args.note or "").strip():
         print(
-            f"image: {args.draws} drawn from the words by {args.synthesizer}, "
-            "probabilities averaged"
+            f"image: {args.draws} are drawn from the words by {args.synthesizer}, "
+            "and the probabilities are averaged"
         )
         synthesizer = Synthesizer(args.synthesizer, args.device)
         drawing = (args.draws, args.steps, args.guidance, args.grain, filled)
@@ -319,15 +327,18 @@ def compare_studies(study, diagnoser, names, args):
     manifest = diagnoser.manifest
     pictures = [(p.get("size"), p.get("fit")) for p in (study.prepared, diagnoser.prepared)]
     if "image" in names and all(pictures[0]) and pictures[0] != pictures[1]:
-        print(f"{args.data}: pictures were made {pictures[0][0]} pixels by {pictures[0][1]}; the "
-              f"model was trained on {pictures[1][0]} by {pictures[1][1]}: import them alike")
+        size, fit = pictures[1]
+        print(f"{args.data}: its pictures were imported with --size {pictures[0][0]} --fit "
+              f"{pictures[0][1]}; those of training with --size {size} --fit {fit}: use the latter")
     if study.labelled.any() and study.multilabel != manifest["multilabel"]:
-        raise Refused(f"{args.data}: labels {list(study.labels.shape)} are not of the model's kind")
+        kinds = ("one class for each sample", "several findings")
+        raise Refused(f"{args.data}: its labels {list(study.labels.shape)} are "
+                      f"{kinds[study.multilabel]}; the model predicts {kinds[not study.multilabel]}")
     if not args.split:
         if manifest["data"] == {"name": args.data.name, "sha256": data.sha256(args.data)}:
             print(
                 "the model was trained on part of this file; "
-                "--split RUN/split-s0.npz keeps to the test part"
+                "--split RUN/split-s0.npz predicts only its test part"
             )
 
 
@@ -366,7 +377,7 @@ def donors(diagnoser, study, names, rows, present, gaps, split, args):
         return None
     if "donors" not in split:
         raise Refused(f"{args.split}: names no donors; {diagnoser.folder} was trained with absent "
-                      "inputs filled, and the split files of its run do")
+                      "inputs filled and needs them: give a split file of its own run")
     order = list(split["modalities"])
     whose = split["donors"]
     fits = whose.shape == (len(study), len(order)) and whose.dtype.kind in "iu"
@@ -379,7 +390,7 @@ def donors(diagnoser, study, names, rows, present, gaps, split, args):
         empty = lacks[:, j] & ~have[whose[:, j], j]
         if empty.any():
             row = shown_row(study, whose[empty, j][0])
-            raise Refused(f"{args.split}: row {row} is to give its {name}, and has none")
+            raise Refused(f"{args.split}: row {row} is a donor of its {name}, and has none")
     return whose
 
 
@@ -402,8 +413,8 @@ def shared_modalities(study, diagnoser, path):
                 )
     if not names:
         raise Refused(
-            f"{path}: has {', '.join(study.modalities)}; "
-            f"the model has {', '.join(diagnoser.modalities)}"
+            f"{path}: has {', '.join(study.modalities)}; the model has "
+            f"{', '.join(diagnoser.modalities)}: none in common"
         )
     return names
 
@@ -430,7 +441,7 @@ def chosen_rows(study, split, args):
     if split is None:
         if args.missing:
             raise Refused(
-                f"--missing {args.missing} names a table of a split file; "
+                f"--missing {args.missing} names a missing table of a split file; "
                 "give --split RUN/split-s0.npz too"
             )
         return np.arange(len(study)), have
@@ -440,8 +451,8 @@ def chosen_rows(study, split, args):
         if key not in split:
             tables = [k.removeprefix("present ") for k in split if k.startswith("present ")]
             raise Refused(
-                f"{args.split}: no table '{args.missing}' for this file; "
-                f"it holds {', '.join(tables)}"
+                f"{args.split}: has no missing table '{args.missing}'; "
+                f"it has {', '.join(tables)}"
             )
         for j, name in enumerate(split["modalities"]):
             if name in study.modalities:
@@ -455,10 +466,11 @@ def drawable(present, names, args):
     if not args.synthesizer:
         return gaps
     if not {"image", "note"} <= {*names}:
-        raise Refused(f"--synthesizer fills in images from words; {args.data} has {', '.join(names)}")
+        raise Refused("--synthesizer draws images from words, and needs image and note; "
+                      f"{args.data} has {', '.join(names)}")
     gaps |= ~present[:, names.index("image")] & present[:, names.index("note")]
     if not gaps.any():
-        print("no sample has words without an image: nothing to fill in")
+        print("no sample has words and lacks its image: no image is drawn")
     return gaps
 
 
@@ -492,7 +504,7 @@ class Drawing:
             comparison = self.compare(part, rows[withheld], *answers)
         else:
             print("no labelled sample's image was withheld, so drawn images are compared with none; "
-                  "--split RUN/split-sN.npz --missing TYPE:RATE withholds some")
+                  "--split RUN/split-sN.npz --missing TYPE:RATE withholds images")
         return each[: args.draws].mean(0), comparison
 
     def drawn(self, synthesizer, cases, draws, guidance):
@@ -515,8 +527,9 @@ class Drawing:
         scores = {name: metrics.scores(labels, p) for name, p in answers.items()}
         found = conclusions(study, rows, answers)
         print(
-            f"{len(rows)} labelled samples whose image was withheld, with random training images of "
-            f"other patients, with drawn ones ({args.steps} steps, guidance {args.guidance:g}"
+            f"{len(rows)} labelled samples whose image was withheld: without it, with random "
+            "training images of other patients, with drawn ones "
+            f"({args.steps} steps, guidance {args.guidance:g}"
             f"{'' if args.grain else ', no grain'}), and with the true image; probabilities are "
             "averaged:"
         )
@@ -546,8 +559,8 @@ def compare_origins(synthesizer, diagnoser):
     seed = synthesizer.get("seed")
     if seed != diagnoser["seed"]:
         print(
-            f"the synthesizer's split is that of seed {seed}, the diagnoser's of "
-            f"{diagnoser['seed']}: it may have been trained on some of these samples"
+            f"the synthesizer has the split of seed {seed}, the diagnoser that of seed "
+            f"{diagnoser['seed']}: the synthesizer may have been trained on some of these samples"
         )
 
 
@@ -599,13 +612,14 @@ def sample_sheet(args):
     if needed > free:
         raise Refused(
             f"--n {args.n}: {total} images need about {needed / 2**30:.1f} GiB; "
-            f"{free / 2**30:.1f} are free"
+            f"{free / 2**30:.1f} GiB are free"
         )
     print(f"provider {synthesizer.provider}")
     for note in args.note:
         count = len(words.words_of(note))
         if count >= m["positions"]:
-            print(f"cut to its first {m['positions'] - 1} of {count} words: {note[:60]}...")
+            print(f"a note is cut to its first {m['positions'] - 1} of {count} words: "
+                  f"{note[:60]}...")
     notes = [note for note in args.note for _ in range(args.n)]
     images = synthesizer.sample(
         notes, args.steps, args.guidance, args.seed, args.adapter, args.grain
@@ -618,7 +632,7 @@ def sample_sheet(args):
         write_png(content, images, args.out)
     data.write_atomic(args.out, content.getvalue())
     origin = data.origin(m)
-    about = "" if origin == "real data" else f"; trained on {origin}"
+    about = "" if origin == "real data" else f"; the model was trained on {origin}"
     print(f"{args.out}: {total} images drawn, of no patient{about}")
 
 

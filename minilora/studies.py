@@ -1,4 +1,4 @@
-"""Your data: pictures and a spreadsheet become a study file; and a look at what a study file holds.
+"""Make a study file of pictures and a spreadsheet, or of phantoms, and see what a study file holds.
 
     python -m minilora.studies from-csv studies.csv --images pictures --out my.npz
     python -m minilora.studies inspect my.npz
@@ -38,35 +38,54 @@ DECIMALS = {"auto": "", "point": ".", "comma": ","}
 
 @dataclass
 class FromCsv:
-    """Turn a spreadsheet, one row a study, and the pictures it names into a study file."""
+    """Turn a spreadsheet with a row for each study, and the pictures it names, into a study file."""
 
-    csv: Path  # The spreadsheet: comma, semicolon or tab, or .xlsx; its first line names the columns.
-    images: Path | None = None  # Folder of the pictures that the image column names, all inside it; default: the spreadsheet's own.
+    # The spreadsheet: .xlsx, or text with commas, semicolons, tabs or bars. Its first line names
+    # the columns.
+    csv: Path
+    # Folder that holds all pictures of the image column; default: the spreadsheet's folder.
+    images: Path | None = None
     out: Path | None = None  # Study file to write; default: the spreadsheet's name with .npz.
     size: int = 64  # Height and width of the stored images, pixels.
-    fit: Literal["squeeze", "crop", "pad"] = "squeeze"  # What makes a picture square; serving does the same.
-    rgb: bool = False  # Keep colours; default: grey.
-    image_column: str = "image"  # File names; .png, .jpg, .jpeg and .dcm may be left out in them.
-    note_column: str = "note"  # Reports, in words.
-    label_column: str = "label"  # Class names; several columns, with commas: findings of 0, 1, -1 or empty; '' = no labels.
-    label_separator: str = "auto"  # Parts the findings in one cell, as | in A|B; '[...]': cells are lists; '' = none.
-    uncertain: Literal["ignore", "positive", "negative"] = "ignore"  # What -1 in a label of 0 and 1 means; ignore: unlabelled.
-    blank: Literal["ignore", "negative"] = "ignore"  # What an empty cell there means.
-    patient_column: str = "patient"  # Whose samples stay in one split.
-    numeric: tuple[str, ...] = ()  # Columns of numbers: age,temperature; more modalities: vitals=pulse labs=age,crp
-    decimal: Literal["auto", "point", "comma"] = "auto"  # The decimal mark of the numbers; default: what the columns show.
-    na: str = ""  # Further spellings of "missing", with commas: --na=-999,unbekannt
-    mask_words: str = ""  # Words to hide in the notes, with commas; covid hides COVID-19 and Covid19 too.
-    mask: Literal["mark", "delete"] = "mark"  # Whether [MASK] or nothing stands in their place.
-    encoding: str = ""  # Of the spreadsheet; default: UTF-8, else Windows-1252, and it says which.
+    # How a picture becomes square: scaled on each axis (squeeze), cut to its centre (crop), or with
+    # black beside it (pad). Serving does the same.
+    fit: Literal["squeeze", "crop", "pad"] = "squeeze"
+    rgb: bool = False  # Keep colours; default: pictures become grey.
+    # Column of the pictures' file names, in which .png, .jpg, .jpeg and .dcm may be left out.
+    image_column: str = "image"
+    note_column: str = "note"  # Column of the reports, in words.
+    # Column of the class names. Several columns, joined by commas, are findings, each 0, 1, -1 or
+    # empty; '': the file has no labels.
+    label_column: str = "label"
+    # Sign that separates the findings in one cell, as | in A|B; '[...]': cells are lists; '': a
+    # cell is one class; auto: | or lists, where cells are written so.
+    label_separator: str = "auto"
+    # What -1 means among findings, or labels of 0 and 1; ignore: unlabelled.
+    uncertain: Literal["ignore", "positive", "negative"] = "ignore"
+    # What an empty cell means among findings, or labels of 0 and 1; ignore: unlabelled.
+    blank: Literal["ignore", "negative"] = "ignore"
+    # Column that names the patient; all samples of a patient stay in one part of the split.
+    patient_column: str = "patient"
+    # Columns of numbers, such as age,temperature; for several modalities: vitals=pulse labs=age,crp
+    numeric: tuple[str, ...] = ()
+    # The decimal mark of the numbers; auto: the mark that each column shows.
+    decimal: Literal["auto", "point", "comma"] = "auto"
+    na: str = ""  # Further spellings of "missing", joined by commas: --na=-999,unbekannt
+    # Words to hide in the notes, joined by commas; covid hides COVID-19 and Covid19 too.
+    mask_words: str = ""
+    # What stands in the place of a hidden word: [MASK] (mark) or nothing (delete).
+    mask: Literal["mark", "delete"] = "mark"
+    # Encoding of the spreadsheet; default: UTF-8, or UTF-16 where the file says so, else
+    # Windows-1252. The import prints which it is.
+    encoding: str = ""
 
 
 @dataclass
 class Inspect:
-    """Say what a study file holds, and draw a sheet of its samples."""
+    """Print what a study file holds, and draw a sheet of its samples."""
 
-    file: Path  # Study file (.npz), or one of MedMNIST's own.
-    out: Path | None = None  # The sheet; default: the study's name with .png.
+    file: Path  # Study file (.npz), or a file of MedMNIST.
+    out: Path | None = None  # The sheet to write; default: the study file's name with .png.
 
 
 @dataclass
@@ -74,13 +93,15 @@ class Phantoms:
     """Write a study file of phantoms: synthetic chest studies, drawn by a program."""
 
     out: Path = Path("phantoms.npz")  # Study file to write.
-    samples: int = 4000  # How many to draw.
+    samples: int = 4000  # Number of phantoms to draw.
     size: int = 32  # Height and width of the images, pixels.
-    domain: Literal["target", "source"] = "target"  # Which scanner and hospital.
-    seed: int = 2  # Same settings, same bytes.
-    # Who tells the diagnosis. `usual`: image, words and numbers, each in part. `image`: the lesion
-    # decides, and no report states it; all that reports say is independent of it. `both`: the same
-    # images and reports, but each report states its lesion rightly. These two have no numbers.
+    # Bases are pretrained on source; methods adapt to target, which has another scanner, other
+    # lungs and other words.
+    domain: Literal["target", "source"] = "target"
+    seed: int = 2  # The same settings and the same seed give the same bytes.
+    # What tells the diagnosis. `usual`: image, words and numbers, each in part. `image`: the lesion
+    # in the image alone; reports do not state it, and what they say is independent of it. `both`:
+    # the same, but each report states its lesion correctly. `image` and `both` have no numbers.
     fact: Literal["usual", "image", "both"] = "usual"
 
 
@@ -133,7 +154,8 @@ def from_table(table, columns, args):
         "numbers": formats,
     }
     if not study.modalities:
-        raise Refused("no modality: name a column of pictures, notes or numbers")
+        raise Refused("no column of pictures, notes or numbers: name one with --image-column, "
+                      "--note-column or --numeric")
     has_content = study.have().any(1)  # [N]
     empty = [line for line, content in zip(table.lines, has_content) if not content]
     if empty:
@@ -213,7 +235,7 @@ def _read_images(table, column, na, args):
     lines += [f"           {fault}" for fault in faults[:5]]
     for path, count in paths.most_common(1):
         if count > 2:
-            lines.append(f"pictures   {path.name} stands for {count} samples")
+            lines.append(f"pictures   {path.name} is the picture of {count} samples")
     return images, lines
 
 
@@ -222,7 +244,7 @@ def _read_numeric(table, groups, na, decimal):
     columns {modality: names}."""
     names = [name for group in groups.values() for name in group]
     marks, examples = tables.number_formats(table, names, na, DECIMALS[decimal])
-    report = [f"numbers    {', '.join(examples[:8])}; --decimal says otherwise"] if examples else []
+    report = [f"numbers    {', '.join(examples[:8])}; if not, use --decimal"] if examples else []
     numeric = {}
     formats = {}
     for modality, columns in groups.items():
@@ -252,8 +274,9 @@ def from_csv(args):
         column = getattr(args, f"{kind}_column")
         if column == getattr(FromCsv, f"{kind}_column") and column not in header:
             if kind == "image" and args.images != FromCsv.images:
-                raise Refused(f"--images {args.images}: {args.csv} has no column '{column}'; name the "
-                              f"one of the pictures with --image-column; it has {', '.join(header)[:200]}")
+                raise Refused(f"--images {args.images}: {args.csv} has no column '{column}'; name "
+                              "the column of the pictures with --image-column; it has "
+                              f"{', '.join(header)[:200]}")
             headline += f"; no column '{column}' (--{kind}-column)"
             column = ""  # a default that is not there: no such modality
         columns[kind] = column
@@ -269,7 +292,7 @@ def from_csv(args):
     report = [headline]
     if not columns["patient"]:
         report.append("patients   no column names them: samples of one patient may be in the "
-                      "training and in the test split; --patient-column")
+                      "training and in the test split; name one with --patient-column")
     distinct = table.distinct()
     repeats = len(table) - len(distinct)
     if repeats:
@@ -290,7 +313,7 @@ def _numeric_columns(options):
         group = groups.setdefault(modality, [])
         group += _comma_list(names)
         if not group or len(set(group)) < len(group):
-            raise Refused(f"--numeric {option}: must name at least one column, none twice")
+            raise Refused(f"--numeric {option}: must name at least one column, and none twice")
     return groups
 
 
@@ -435,7 +458,7 @@ def _describe_import(record):
     """What an import did, as serving does it again (see prepare.py)."""
     parts = [f"{record['size']} pixels, {record['fit']}, {'colours' if record['rgb'] else 'grey'}"]
     if record["na"]:
-        parts.append(f"missing too: {', '.join(record['na'])}")
+        parts.append(f"also missing: {', '.join(record['na'])}")
     if record["mask_words"]:
         parts.append(f"hidden ({record['mask']}): {', '.join(record['mask_words'])}")
     columns = {}  # {decimal and thousands mark: columns}
@@ -474,7 +497,7 @@ def _describe_notes(notes):
     """A line on lengths, and one on the ids that training gives words by default."""
     lengths = [len(words_of(note)) for note in notes if note.strip()]
     middle = int(np.median(lengths or [0]))
-    yield (f"notes      {len(lengths)}, of {middle} words (longest {max(lengths, default=0)})"
+    yield (f"notes      {len(lengths)}, median {middle} words, longest {max(lengths, default=0)}"
            + _if_any("; {} missing", len(notes) - len(lengths)))
     yield f"words      {coverage(notes, buckets_for(notes), positions_for(notes))}"
 
@@ -482,7 +505,7 @@ def _describe_notes(notes):
 def _describe_patients(patients):
     names = [name for name in map(str, patients) if not prepare.says_nothing(name)]
     return (f"patients   {len(set(names))}" + _largest(Counter(names))
-            + _if_any("; {} samples name none", len(patients) - len(names)))
+            + _if_any("; {} samples name no patient", len(patients) - len(names)))
 
 
 def _describe_labels(study):
@@ -571,7 +594,7 @@ def _check_out(out):
     if out.suffix != ".npz":
         raise Refused(f"--out {out}: must end in .npz")
     if out.exists():
-        raise Refused(f"--out {out}: is there already; choose another name, or remove it")
+        raise Refused(f"--out {out}: exists already; choose another name, or remove the file")
 
 
 def write_phantoms(args):

@@ -129,8 +129,8 @@ def read_table(path, encoding=""):
     full[first] = False
     again = [str(i) for i in np.flatnonzero(full) if cells.iloc[i, : len(header)].tolist() == header]
     if again:
-        raise Refused(f"{path}: its header stands there again, {len(again)} times: tables that were "
-                      "joined? remove these lines")
+        raise Refused(f"{path}: the header is repeated {len(again)} times further down, as where "
+                      "tables were joined; remove these lines")
     lengths = np.array(lengths)[full]
     if not delimiter:
         lengths = np.maximum(lengths, len(header))
@@ -140,7 +140,7 @@ def read_table(path, encoding=""):
     cells.columns = header
     for column in header:
         if column and header.count(column) > 1:
-            raise Refused(f"{path}: column '{column}' stands there twice")
+            raise Refused(f"{path}: two columns are called '{column}'; rename one")
     exact = {header[i] for i in exact if i < len(header)}
     return Table(cells, f"{path}: {len(cells)} rows, {origin}", delimiter, exact)
 
@@ -162,7 +162,7 @@ def _is_workbook(path, content):
     elif not kind and path.suffix.lower() in (".xlsx", ".xlsm"):
         kind = "not the workbook that its name says"
     if kind:
-        raise Refused(f"{path}: is {kind}; only text (.csv) and .xlsx are read: save it as one")
+        raise Refused(f"{path}: is {kind}; only text (.csv) and .xlsx are read: save it as either")
     return False
 
 
@@ -182,7 +182,7 @@ def _read_workbook(path, pandas):
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise Refused(f"{path}: not a readable workbook ({reason})") from None
     if merged:
-        raise Refused(f"{path}: cells {merged[0]} are merged in sheet '{sheets[0].title}': part "
+        raise Refused(f"{path}: cells {merged[0]} are merged in sheet '{sheets[0].title}': split "
                       "them, and write the value into each")
     exact = set()
     for i in values:  # % of #N/A, a NaN, is not above 0
@@ -219,14 +219,14 @@ def _decode(path, content, encoding):
         codec = "windows-1252"
         text = content.decode(codec, "replace")
         if "\ufffd" in text:  # bytes that this encoding does not have
-            raise Refused(f"{path}: is neither UTF-8 nor Windows-1252; name its --encoding, for "
-                          "example shift-jis, gb18030 or windows-1251") from None
+            raise Refused(f"{path}: is neither UTF-8 nor Windows-1252; name its encoding with "
+                          "--encoding, such as shift-jis, gb18030 or windows-1251") from None
     except LookupError:
         raise Refused(f"{path}: encoding '{encoding}' is not known; try utf-8, windows-1252 or "
                       "shift-jis") from None
     if text.count("\0") > len(text) // 4:
-        raise Refused(f"{path}: holds zero bytes as {codec}; is it text? --encoding utf-16-le "
-                      "or utf-16-be reads UTF-16 without a mark")
+        raise Refused(f"{path}: holds zero bytes when read as {codec}; if it is UTF-16 without a "
+                      "byte order mark, give --encoding utf-16-le or utf-16-be")
     # An encoding that was asked for may leave the byte order mark in the text.
     return text.removeprefix("\ufeff"), codec.removesuffix("-sig")
 
@@ -265,7 +265,7 @@ def _read_text(path, text, pandas):
         index_col=False, dtype=str, keep_default_na=False, skip_blank_lines=False,
     )  # fmt: skip
     if len(cells) != len(lines):
-        raise Refused(f"{path}: has {len(lines)} or {len(cells)} rows, as its quotes are read")
+        raise Refused(f"{path}: its quotes can be read as {len(lines)} rows or as {len(cells)}")
     return cells.fillna("").set_axis(lines), lengths, delimiter
 
 
@@ -419,7 +419,7 @@ def read_labels(table, names, na=(), uncertain="ignore", blank="ignore", separat
     if separator:
         labels, classes = _read_lists(table, column, cells, blanks[name], rules, separator)
         return labels, classes, [f"findings   {len(classes)} in column '{name}', whose cells are "
-                                 f"parted by '{separator}'"]
+                                 f"separated by '{separator}'"]
     return _read_classes(table, name, cells, blanks[name], rules)
 
 
@@ -454,7 +454,8 @@ def _read_classes(table, name, cells, blanks, rules):
 def _check_classes(column, classes, rows):
     """`Refused` unless the names are few, and differ in more than how they are written."""
     if len(classes) > max(20, rows // 2):
-        raise Refused(f"{column} has {len(classes)} different values in {rows} rows; is it one?")
+        raise Refused(f"{column} has {len(classes)} different values in {rows} rows; the limit is "
+                      f"{max(20, rows // 2)} classes")
     _check_spellings(column, classes)
     if len(classes) < 2:
         raise Refused(f"{column} has {len(classes)} classes{some(classes)}; need two or more, or "
@@ -495,7 +496,7 @@ def _read_findings(table, columns, blanks, rules):
     report = []
     if uncertain:
         meaning = rules["uncertain"].replace("ignore", "unlabelled")
-        report.append(f"uncertain  {uncertain} labels are -1: {meaning} (--uncertain)")
+        report.append(f"uncertain  {uncertain} labels are -1 and count as {meaning} (--uncertain)")
     return labels, report
 
 

@@ -40,13 +40,13 @@ def check(cfg):
             raise Refused(f"method '{method}' is not known; use {', '.join(METHODS)}")
     if not cfg.methods or len(set(cfg.methods)) < len(cfg.methods):
         names = " ".join(cfg.methods)
-        raise Refused(f"--methods '{names}' must name at least one method, none twice")
+        raise Refused(f"--methods '{names}' must name at least one method, and none twice")
     if cfg.head not in ("trained", "locked"):
         raise Refused(f"--head '{cfg.head}' is not known; use trained or locked")
     if cfg.head == "locked" and cfg.methods[0] != "head":
         raise Refused(
-            "--head locked takes the head that method 'head' trained: name it first, before "
-            f"{cfg.methods[0]}"
+            "--head locked takes the head that method 'head' trained: name head first in --methods, "
+            f"before {cfg.methods[0]}"
         )
     run, _, number = cfg.augment.rpartition(":")
     if cfg.augment and not (run and number.isdecimal() and int(number)):
@@ -61,7 +61,7 @@ def check(cfg):
             if getattr(cfg, key) != getattr(default, key):
                 flag = key.replace("_", "-")
                 raise Refused(f"--{flag} {getattr(cfg, key)}: --base {cfg.base} is pretrained and "
-                              "has sizes of its own")
+                              f"has sizes of its own; leave --{flag} out")
     sizes = {"image_size": cfg.image_size, "patch": cfg.patch, "width": cfg.width}
     sizes |= {"depth": 1, "heads": cfg.heads}
     with data.refusing():  # sizes that do not fit together
@@ -77,8 +77,8 @@ def kept_job(cfg):
         method = cfg.methods[-1]
     if method not in cfg.methods or not seed.isdecimal() or int(seed) >= cfg.seeds:
         raise Refused(
-            f"--keep '{cfg.keep}' must be METHOD:SEED of this run: {', '.join(cfg.methods)}; "
-            f"0..{cfg.seeds - 1}"
+            f"--keep '{cfg.keep}' must be METHOD:SEED of this run, with a method of "
+            f"{', '.join(cfg.methods)} and a seed in 0..{cfg.seeds - 1}"
         )
     return method, int(seed)
 
@@ -154,7 +154,7 @@ def _source_file(cfg, target):
     if set(source.modalities) != set(target.modalities):
         modalities = ", ".join(source.modalities) or "none"
         raise Refused(
-            f"{cfg.source} has {modalities} of the target's modalities {wanted}; needs all"
+            f"{cfg.source}: has {modalities} of the target's modalities {wanted}; it needs all"
         )
     source.numeric = {m: source.numeric[m] for m in target.numeric}  # in the target's order
     rows = source.labelled & source.have().all(1)
@@ -305,8 +305,8 @@ def work_ahead(cfg, vit_config, rates, grid):
         trainable = counts["trainable_params"]
         total = counts["total_params"]
         yield (
-            f"{method:14s} adapter {counts['adapter_params']:,}, trainable {trainable:,} of {total:,} "
-            f"({trainable / total:.2%}); {runs} of {cfg.steps} steps"
+            f"{method:14s} adapter {counts['adapter_params']:,} parameters, trainable {trainable:,} of "
+            f"{total:,} ({trainable / total:.2%}); {runs} of {cfg.steps} steps"
         )
 
 
@@ -338,7 +338,8 @@ def draw_donors(study, train, present, seed):
     for name, column in zip(study.modalities, present.T):
         having = train[column[train]]
         if not len(having):
-            raise Refused(f"--absent fill: no training sample of seed {seed} is left its {name}")
+            raise Refused("--absent fill: the missing table leaves no training sample of seed "
+                          f"{seed} its {name}")
         columns.append(rng.choice(having, len(present)))
     return np.stack(columns, 1)
 
@@ -461,7 +462,7 @@ def draw_studies(cfg, study, draw, seed, device):
     run, _, count = cfg.augment.rpartition(":")
     if not {"image", "note"} <= set(study.modalities):
         modalities = ", ".join(study.modalities)
-        raise Refused(f"--augment draws images from notes; the modalities are {modalities}")
+        raise Refused(f"--augment needs image and note; the modalities are {modalities}")
     train = draw["parts"]["train"]
     table = draw["tables"][cfg.missing]  # [N,M]
     has_image = table[:, study.modalities.index("image")]
@@ -470,8 +471,8 @@ def draw_studies(cfg, study, draw, seed, device):
     usable = has_image if run == "own" else has_note
     if not usable[worded].any():
         needed = "note and image" if run == "own" else "note"
-        raise Refused(f"--augment {cfg.augment}: no training sample of seed {seed} is left its "
-                      f"{needed} by --missing {cfg.missing}")
+        raise Refused(f"--augment {cfg.augment}: --missing {cfg.missing} leaves no training sample of "
+                      f"seed {seed} its {needed}")
     source = source_rows(worded, usable, int(count), seed)
     if run == "own":
         images = study.images[source]
@@ -488,7 +489,7 @@ def draw_studies(cfg, study, draw, seed, device):
     complete[:, study.modalities.index("image")] = True
     labels = study.labels[source]
     present = data.missing_table(complete, study.modalities, cfg.missing, seed + 10**6, labels)
-    print(f"seed {seed}: {count} studies of --augment {cfg.augment} beside {len(train)} real ones")
+    print(f"seed {seed}: {count} studies added by --augment {cfg.augment} to {len(train)} real ones")
     return {
         "source": source,
         "images": data.resize(images, cfg.image_size),
@@ -546,7 +547,8 @@ def drawn_images(cfg, run, study, source, train, whole, seed, device):
     )
     if images.ndim != study.images.ndim:
         raise Refused(
-            f"{run}: draws images {list(images.shape[1:])}; {study.name} has {list(study.images.shape[1:])}"
+            f"{run}: draws images of shape {list(images.shape[1:])}; {study.name} has images of shape "
+            f"{list(study.images.shape[1:])}"
         )
     return images
 
@@ -639,7 +641,7 @@ def left_by_table(run, study, seed, split):
         raise Refused(f"--table {run}: not a run of train_mora.py")
     path = run / f"split-s{seed}.npz"
     if not path.exists():
-        raise Refused(f"--table {run}: has no seed {seed}")
+        raise Refused(f"--table {run}: has no seed {seed}; it needs all seeds of this run")
     arrays = data.read_npz(path)
     table = arrays.get(f"present {text}")
     names = arrays.get("modalities")
@@ -647,7 +649,7 @@ def left_by_table(run, study, seed, split):
         raise Refused(f"{path}: has no missing table '{text}'")
     names = names.tolist()
     if not {"image", "note"} <= {*names}:
-        raise Refused(f"--table {run}: its modalities are {', '.join(names)}; image and note are needed")
+        raise Refused(f"--table {run}: its modalities are {', '.join(names)}; it needs image and note")
     own = data.split(study, seed)
     same = [np.array_equal(arrays.get(part), own[part]) for part in ("val", "test")]
     inside = np.isin(arrays.get("train", -1), own["train"])
@@ -660,7 +662,7 @@ def left_by_table(run, study, seed, split):
         seen = np.intersect1d(split[part], arrays[part])
         left[part] = seen[whole[seen]]
         if not len(left[part]):
-            raise Refused(f"--table {run}: left no {name} sample at seed {seed} both image and note")
+            raise Refused(f"--table {run}: leaves no {name} sample of seed {seed} both image and note")
     return left
 
 

@@ -429,7 +429,7 @@ def test_study_files_without_donors_are_refused(filling, folder, tiny, refused, 
     s.images[arrays["donors"][row, 0]] = 0
     data.save_study(run / "gap.npz", s)
     donor = arrays["donors"][row, 0]
-    assert f"split-s0.npz: row {donor} is to give its image, and has none" in said("--data", run / "gap.npz", "--split", run / "split-s0.npz", "--missing", "image:0.5")
+    assert f"split-s0.npz: row {donor} is a donor of its image, and has none" in said("--data", run / "gap.npz", "--split", run / "split-s0.npz", "--missing", "image:0.5")
     for odd in (arrays["donors"] + 240, -arrays["donors"] - 1, arrays["donors"][:, :2], arrays["donors"].astype(float), arrays["donors"][:9]):
         np.savez(run / "odd.npz", **arrays | {"donors": odd})
         assert "odd.npz: donors" in said("--data", run / "phantoms.npz", "--split", run / "odd.npz")

@@ -95,7 +95,7 @@ def test_a_stopped_training_of_an_older_version_is_refused_with_what_to_do(tmp_p
         train_mora.main([*argv, "--resume"])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1
-    assert "run/last.pt: a stopped training of another version of minilora (format 1; this one reads 2)" in said and "remove the file to train this part anew" in said
+    assert "run/last.pt: a stopped training of another version of minilora (format 1; this one reads 2)" in said and "remove the file to train this part again" in said
     assert (tmp_path / "run/last.pt").read_bytes() == before
     (tmp_path / "run/last.pt").unlink()
     train_mora.main([*argv, "--resume"])

@@ -198,11 +198,11 @@ def test_what_is_missing_is_counted_and_left_out_of_the_images(folder, capsys):
     assert "left out   1 rows that repeat" in said
     assert "12 read, 30x50 to 60x40 pixels; missing: 2 cells empty, 1 files not there (gone.png), 2 not readable" in said
     assert "broken.png: not a readable picture" in said and "flat.png: one grey level throughout" in said
-    assert "numbers    temperature '37,5' is 37.5; --decimal says otherwise" in said and s.numeric["vitals"][0] == np.float32(37.5)
+    assert "numbers    temperature '37,5' is 37.5; if not, use --decimal" in said and s.numeric["vitals"][0] == np.float32(37.5)
     assert s.modalities == ("image", "note", "vitals", "labs") and len(s) == 19 and not s.numeric["vitals"].ravel()[0] == 0
     have = s.have()
     assert have[:12, 0].all() and not have[12:16, 0].any() and have[16:18, 0].all() and not have[16:, 1].any() and have[::4, 2].all() and have[:, 2].sum() == 5 and have[:, 3].all()
-    assert "labels     sick 11, well 7; 1 unlabelled" in said and "patients   11, largest group 2 samples; 1 samples name none" in said
+    assert "labels     sick 11, well 7; 1 unlabelled" in said and "patients   11, largest group 2 samples; 1 samples name no patient" in said
     bare = convert(tmp_path, out="bare.npz")
     assert bare.lines.tolist() == [*range(2, 20)] and s.lines.tolist() == [*range(2, 21)]
     assert len(bare) == 18 and "left out   1 rows without a picture, words or numbers, in lines (20)" in capsys.readouterr().out
@@ -287,7 +287,7 @@ def test_bad_spreadsheets_are_refused_in_one_line(folder, refused):
         return refused(studies.main, "from-csv", "s.csv", "--out", "o.npz", *argv)
 
     assert "s.csv: has no column 'dx' (--label-column); it has image, note, label, patient" in said(rows, "--label-column", "dx")
-    assert "--images .: s.csv has no column 'image'; name the one of the pictures with --image-column; it has file, label" in said(
+    assert "--images .: s.csv has no column 'image'; name the column of the pictures with --image-column; it has file, label" in said(
         [[r[0], r[2]] for r in rows], "--images", ".", header=("file", "label"))
     assert "no column 'age' (--numeric)" in said(rows, "--numeric", "age")
     assert "no column 'label' (--label-column)" in said([r[:2] for r in rows], header=("image", "note"))
@@ -296,13 +296,13 @@ def test_bad_spreadsheets_are_refused_in_one_line(folder, refused):
     assert "has 1 classes (sick); need two or more" in said([[*r[:2], "sick", ""] for r in rows])
     assert "is 'maybe' in line 2; a finding is 0, 1, -1 (uncertain) or empty" in said([[r[0], "maybe", 1, ""] for r in rows], "--label-column", "note,label")
     many = [["", f"note {i}", f"kind {i}", ""] for i in range(60)]
-    assert "has 60 different values in 60 rows; is it one?" in said(many)
-    assert "column 'note' stands there twice" in said(rows, header=("image", "note", "note", "label"))
+    assert "has 60 different values in 60 rows; the limit is 30 classes" in said(many)
+    assert "two columns are called 'note'" in said(rows, header=("image", "note", "note", "label"))
     assert "line 2 has 5 cells; the header has 4" in said([[*rows[0], "x"]])
     assert "has no rows" in said([])
     assert "no row has a picture" in said([["", "", "sick", ""], ["", "", "well", ""]])
     assert "'any' cannot be a modality's name" in said(rows, "--numeric", "any=patient")
-    assert "--numeric patient,,patient: must name at least one column, none twice" in said(rows, "--numeric", "patient,,patient")
+    assert "--numeric patient,,patient: must name at least one column, and none twice" in said(rows, "--numeric", "patient,,patient")
     assert "--numeric labs=: must name at least one" in said(rows, "--numeric", "labs=")
     assert "encoding 'klingon' is not known" in said(rows, "--encoding", "klingon")
     assert "is not utf-8" in said([["", "fièvre", "well", ""], *rows], "--encoding", "utf-8", encoding="cp1252")
@@ -311,7 +311,7 @@ def test_bad_spreadsheets_are_refused_in_one_line(folder, refused):
     assert ".: no such file" in refused(studies.main, "from-csv", ".")
     assert "s.csv: not an .npz archive" in refused(studies.main, "inspect", "s.csv")
     (tmp_path / "o.npz").write_bytes(b"mine")
-    assert "o.npz: is there already" in said(rows)
+    assert "o.npz: exists already" in said(rows)
     assert (tmp_path / "o.npz").read_bytes() == b"mine"
     assert "no such file" in refused(studies.main, "inspect", "absent.npz")
 
@@ -411,7 +411,7 @@ def test_phantoms_are_written_to_a_file_that_both_scripts_read(tmp_path, monkeyp
     assert '"synthetic": true' in (tmp_path / "run/metrics.json").read_text()
 
 
-@pytest.mark.parametrize("argv,words", [(["--out", "p.csv"], "--out p.csv: must end in .npz"), (["--out", "there.npz"], "is there already"), (["--samples", "0"], "--samples is 0; must be in 1..1000000"),
+@pytest.mark.parametrize("argv,words", [(["--out", "p.csv"], "--out p.csv: must end in .npz"), (["--out", "there.npz"], "exists already"), (["--samples", "0"], "--samples is 0; must be in 1..1000000"),
                                         (["--size", "7"], "--size is 7; must be in 8..256"), (["--seed", "-1"], "--seed is -1"), (["--samples", "1"], "labels hold one class only"),
                                         (["--samples", "4000", "--size", "128"], "--samples 4000 of --size 128 have 65,536,000 pixels; at most 33,554,432")])  # fmt: skip
 def test_phantoms_that_cannot_be_written_are_refused(argv, words, refused, tmp_path):

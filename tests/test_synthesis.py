@@ -554,7 +554,7 @@ def test_command_lines_that_cannot_be_served(drawn, tiny, tmp_path, monkeypatch)
     merged = drawn / "neyman/onnx"
     assert "must end in .png or .npy" in said("sample", merged, "--note", "a", "--out", "s.jpg")
     assert "--n is 0" in said("sample", merged, "--note", "a", "--n", 0)
-    assert re.search(r"--n 99999999999: 99999999999 images need about \d+\.\d GiB; \d+\.\d are free", said("sample", merged, "--note", "a", "--n", 99999999999))
+    assert re.search(r"--n 99999999999: 99999999999 images need about \d+\.\d GiB; \d+\.\d GiB are free", said("sample", merged, "--note", "a", "--n", 99999999999))
     assert "steps is 1001; need an integer from 1 to 1000" in said("sample", merged, "--note", "a", "--steps", 1001)
     assert "guidance is -1.0" in said("sample", merged, "--note", "a", "--guidance", -1)
     assert "adapter 'x' is not in" in said("sample", drawn / "swap", "--note", "a", "--adapter", "x")
@@ -632,7 +632,7 @@ def test_controls_of_synthetic_studies_need_no_run_and_go_on(tmp_path, monkeypat
         argv = [*SCARCE, "--out", f"r-{control}", "--augment", f"{control}:30"]
         train_mora.main(argv)
         real = len(np.load(f"r-{control}/split-s0.npz")["train"])
-        assert f"seed 0: 30 studies of --augment {control}:30 beside {real} real ones" in capsys.readouterr().out
+        assert f"seed 0: 30 studies added by --augment {control}:30 to {real} real ones" in capsys.readouterr().out
         assert json.loads((tmp_path / f"r-{control}/config.json").read_text())["augment"] == f"{control}:30"
         train_mora.main([*argv, "--resume"])
     said = refused_in(tmp_path, train_mora.main, *SCARCE, "--out", "r-own", "--augment", "own:31", "--resume")
@@ -739,6 +739,6 @@ def test_augmenting_with_a_run_that_saw_more_is_refused(drawn, monkeypatch):
     assert "was trained on phantoms (target), another study" in said("--augment", "neyman:30", "--phantoms", "250")
     assert "must be SELORA_RUN:COUNT" in said("--augment", "neyman:0")
     assert "must be SELORA_RUN:COUNT" in said("--augment", "neyman")
-    assert "--augment draws images from notes; the modalities are image" in said("--augment", "neyman:9", "--modalities", "image")
+    assert "--augment needs image and note; the modalities are image" in said("--augment", "neyman:9", "--modalities", "image")
     assert "absent/model.pt: no such file" in said("--augment", "absent:9")
     assert "--train-share is 0.0" in said("--train-share", "0")

@@ -91,7 +91,7 @@ REFUSED = {
     "row too short beside trailing delimiters": ("a;b\n1;2;\n1;2;\n1;2\n", r"line 4 has 2 cells; the header has 2, most rows 3"),
     "quote that never ends": ('a,b\n1,"2\n3,4\n', r"line 2: unexpected end of data"),
     "text after a quote": ('a,b\n1,"2" x\n', r"line 2: ',' expected"),
-    "column twice": ("a,b,a\n1,2,3\n", r"column 'a' stands there twice"),
+    "column twice": ("a,b,a\n1,2,3\n", r"two columns are called 'a'"),
     "header alone": ("a,b\n\n", r"has no rows"),
     "nothing": ("", r"has no rows"),
     "sep line of another mark": ("sep=#\na#b\n1#2\n", r"line 1 names '#' as the delimiter"),
@@ -248,7 +248,7 @@ def test_columns_of_a_file_share_their_decimal_mark(tmp_path):
     columns = {"t": ["36,5", "37,1"], "leuko": ["1.101", "9.199"], "age": ["30", "40"], "label": ["a", "b"]}
     study, report = convert(column_file(tmp_path, columns, ";"), numeric=("vitals=t", "labs=leuko,age"))
     assert study.numeric["labs"].tolist() == [[1101, 30], [9199, 40]]
-    assert "numbers    t '36,5' is 36.5, leuko '1.101' is 1101; --decimal says otherwise" in report
+    assert "numbers    t '36,5' is 36.5, leuko '1.101' is 1101; if not, use --decimal" in report
     assert study.prepared["numbers"] == {"vitals": {"t": {"decimal": ",", "thousands": ""}},
                                          "labs": {"leuko": {"decimal": ",", "thousands": "."}, "age": {"decimal": ",", "thousands": ""}}}  # fmt: skip
     columns["t"] = ["36.5", "37.1"]
@@ -299,20 +299,20 @@ LABELS = {
     "names": (["b", "a", "", "b"], {}, ["a", "b"], [1, 0, -1, 1], None),
     "numbers in their order": (["10", "9.0", "", "10.0"], {}, ["9", "10"], [1, 0, -1, 1], None),
     "0 and 1": (["1.0", "0", "", "1"], {}, ["0", "1"], [1, 0, -1, 1], None),
-    "uncertain is unlabelled": (["1.0", "0.0", "-1.0", ""], {}, ["0", "1"], [1, 0, -1, -1], "1 labels are -1: unlabelled (--uncertain)"),
-    "uncertain is positive": (["1", "0", "-1", ""], {"uncertain": "positive"}, ["0", "1"], [1, 0, 1, -1], "1 labels are -1: positive"),
-    "uncertain is negative": (["1", "0", "-1", ""], {"uncertain": "negative"}, ["0", "1"], [1, 0, 0, -1], "1 labels are -1: negative"),
+    "uncertain is unlabelled": (["1.0", "0.0", "-1.0", ""], {}, ["0", "1"], [1, 0, -1, -1], "1 labels are -1 and count as unlabelled (--uncertain)"),
+    "uncertain is positive": (["1", "0", "-1", ""], {"uncertain": "positive"}, ["0", "1"], [1, 0, 1, -1], "1 labels are -1 and count as positive"),
+    "uncertain is negative": (["1", "0", "-1", ""], {"uncertain": "negative"}, ["0", "1"], [1, 0, 0, -1], "1 labels are -1 and count as negative"),
     "blank is negative": (["1", "0", "-1", ""], {"blank": "negative"}, ["0", "1"], [1, 0, -1, 0], None),
     "blank is negative as pandas writes it": (["1", "1", "nan", ""], {"blank": "negative"}, ["0", "1"], [1, 1, 0, 0], None),
     "true and false stay names": (["TRUE", "FALSE", "", "TRUE"], {}, ["FALSE", "TRUE"], [1, 0, -1, 1], None),
     "unknown is no blank": (["1", "0", "unknown", ""], {"blank": "negative"}, ["0", "1"], [1, 0, -1, 0], None),
     "-1 beside 2 is a class": (["-1", "0", "2", ""], {}, ["-1", "0", "2"], [0, 1, 2, -1], None),
-    "bars are findings": (["A", "A|B", "B|C", ""], {}, ["A", "B", "C"], [[1, 0, 0], [1, 1, 0], [0, 1, 1], [-1, -1, -1]], "findings   3 in column 'label', whose cells are parted by '|'"),
+    "bars are findings": (["A", "A|B", "B|C", ""], {}, ["A", "B", "C"], [[1, 0, 0], [1, 1, 0], [0, 1, 1], [-1, -1, -1]], "findings   3 in column 'label', whose cells are separated by '|'"),
     "No Finding is none of them": (["No Finding", "A|B", "B|A", "A"], {}, ["A", "B"], [[0, 0], [1, 1], [1, 1], [1, 0]], "findings   2"),
     "bars that are no separators": (["x|1", "y|2", "x|1", ""], {}, ["x|1", "y|2"], [0, 1, 0, -1], None),
     "bars kept on request": (["A", "A|B", "B|A", ""], {"label_separator": ""}, ["A", "A|B", "B|A"], [0, 1, 2, -1], None),
-    "another separator": (["A/B", "B", "A", ""], {"label_separator": "/"}, ["A", "B"], [[1, 1], [0, 1], [1, 0], [-1, -1]], "parted by '/'"),
-    "lists": (["['A', 'B']", "['B']", "[]", '["A"]'], {}, ["A", "B"], [[1, 1], [0, 1], [-1, -1], [1, 0]], "parted by '[...]'"),
+    "another separator": (["A/B", "B", "A", ""], {"label_separator": "/"}, ["A", "B"], [[1, 1], [0, 1], [1, 0], [-1, -1]], "separated by '/'"),
+    "lists": (["['A', 'B']", "['B']", "[]", '["A"]'], {}, ["A", "B"], [[1, 1], [0, 1], [-1, -1], [1, 0]], "separated by '[...]'"),
     "lists with commas in names": (["['A, left', 'B']", "['B']", "[nan]", "['No Finding']"], {}, ["A, left", "B"], [[1, 1], [0, 1], [-1, -1], [0, 0]], None),
     "empty lists as negatives": (["['A' 'B']", "[unknown, 'B']", "[]", "?"], {"blank": "negative"}, ["A", "B"], [[1, 1], [0, 1], [0, 0], [-1, -1]], None),
 }
@@ -423,7 +423,7 @@ def test_the_largest_groups_are_printed_and_warn(tmp_path):
     names = ["p0.png"] * 20 + [f"p{i}.png" for i in range(1, 30)] + ["black.png"]
     columns = {"image": names, "label": [*"ab"] * 25, "patient": ["x"] * 30 + [f"y{i}" for i in range(20)], "row": range(50)}
     study, report = convert(column_file(tmp_path, columns), size=8)
-    assert "pictures   p0.png stands for 20 samples" in report and "19 repeat another, largest group 20 samples" in report
+    assert "pictures   p0.png is the picture of 20 samples" in report and "19 repeat another, largest group 20 samples" in report
     assert "patients   20, largest group 30 samples" in report
     assert "warning: far from 80/10/10" not in report and len(study) == 49
     assert "left out   1 rows without a picture, words or numbers, in lines (51)" in report and "black.png: one grey level" in report
@@ -462,9 +462,9 @@ def test_tables_that_cannot_be_right_are_refused(tmp_path, refused):
     assert "cells C2:C5 are merged in sheet 'Sheet'" in imported_lines(tmp_path, refused, "m.xlsx", merged, "--numeric", "age")
     part = "label,age\n" + "".join(f"{'ab'[i % 2]},{20 + i}\n" for i in range(20))
     said = imported_lines(tmp_path, refused, "j.csv", lambda p: p.write_text(part + part), "--numeric", "age")
-    assert "its header stands there again, 1 times" in said
+    assert "the header is repeated 1 times" in said
     text = "label,age\n" + "".join(f"{'左右'[i % 2]},{20 + i}\n" for i in range(20))
-    assert "name its --encoding" in imported_lines(tmp_path, refused, "s.csv", lambda p: p.write_bytes(text.encode("shift-jis")), "--numeric", "age")
+    assert "name its encoding with --encoding" in imported_lines(tmp_path, refused, "s.csv", lambda p: p.write_bytes(text.encode("shift-jis")), "--numeric", "age")
 
 
 def test_codes_of_18_digits_are_classes_of_their_own(tmp_path, monkeypatch):

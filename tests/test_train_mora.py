@@ -381,8 +381,8 @@ def test_a_run_says_first_what_trains_and_how_much_work_is_ahead(tmp_path, monke
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     model = attach(ViT(width=16, depth=2, heads=2, classes=4), "mora", 4)
     trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert f"adapter 192, trainable {trains:,} of " in lines["mora"] and lines["mora"].endswith("2 runs of 12 steps")  # 4 x 16 x (1 + 2)
-    assert "adapter 0, " in lines["head"] and lines["head"].endswith("4 runs of 12 steps")  # seed 0 picks one of three rates
+    assert f"adapter 192 parameters, trainable {trains:,} of " in lines["mora"] and lines["mora"].endswith("2 runs of 12 steps")  # 4 x 16 x (1 + 2)
+    assert "adapter 0 parameters, " in lines["head"] and lines["head"].endswith("4 runs of 12 steps")  # seed 0 picks one of three rates
     assert list(tmp_path.iterdir()) == []
 
 
@@ -456,8 +456,8 @@ BAD = [(["--data", "absent.npz"], "absent.npz: no such file"), (["--methods", "d
        (["--seeds", "0"], "--seeds is 0"), (["--device", "tpu9"], "tpu9"), (["--synthetic-notes"], "phantoms have reports"),
        (["--methods", "mora", "mora"], "none twice"), (["--phantoms", "0"], "--phantoms is 0"),
        (["--augment", "random:0"], "must be SELORA_RUN:COUNT, random:COUNT, class:COUNT or own:COUNT"), (["--augment", "own"], "own:COUNT"),
-       (["--augment", "own:5", "--modalities", "note", "vitals"], "--augment draws images from notes; the modalities are note, vitals"),
-       (["--augment", "own:5", "--missing", "any:1"], "--augment own:5: no training sample of seed 0 is left its note and image by --missing any:1"),
+       (["--augment", "own:5", "--modalities", "note", "vitals"], "--augment needs image and note; the modalities are note, vitals"),
+       (["--augment", "own:5", "--missing", "any:1"], "--augment own:5: --missing any:1 leaves no training sample of seed 0 its note and image"),
        (["--augment", "random:5", "--missing", "image:1"], "--augment random, seed 0: no training sample of another patient than sample"),
        (["--augment", "class:5", "--missing", "image:1"], "--augment class, seed 0: no training sample of the class, but not the patient, of sample"),
        (["--augment", "./own:5"], "model.pt: no such file")]  # fmt: skip
@@ -620,7 +620,7 @@ def test_filled_inputs_are_other_training_samples_and_tell_nothing():
     batch = {name: batch[name] for name in ("image", "note")}
     with torch.no_grad():  # presence changes nothing but what the adapter is told
         assert torch.equal(vit(batch, torch.ones(240, 2)), vit(batch, torch.zeros(240, 2)))
-    with pytest.raises(Refused, match="no training sample of seed 0 is left its image"):
+    with pytest.raises(Refused, match="leaves no training sample of seed 0 its image"):
         draw_task(replace(cfg, missing="image:1"), study, 0)
 
 

@@ -110,11 +110,11 @@ BAD = [(["--rule", "best"], "'best' is not known"), (["--rank", "9"], "--rank 9 
        (["--rule", "neyman", "--budget", "100"], f"--budget 100 is below the {sum(COSTS):,} parameters that rank 1 in every layer costs"),
        (["--rule", "replay", "--replay", "absent"], "absent: not a finished run"), (["--judge", "absent"], "absent/model.pt: no such file"),
        (["--rank", "0", "--rule", "fixed"], "would train nothing"), (["--rule", "oracle"], "control of --rules-table"), (["--lr", "fast"], "learning rate 'fast'"), (["--lr", "dora:0.1"], "'dora:0.1'"),
-       (["--rules-table", "--budgets", "2", "2"], "none twice"), (["--rules-table", "--budgets", "9"], "--budgets has rank 9; --capacity is 8"), (["--rules-table", "--rows", "best"], "--rows 'best' is not known"),
+       (["--rules-table", "--budgets", "2", "2"], "none twice"), (["--rules-table", "--budgets", "9"], "--budgets has rank 9; the limit is --capacity 8"), (["--rules-table", "--rows", "best"], "--rows 'best' is not known"),
        (["--rows", "neyman"], "--rows ('neyman',): --rule ratio has no use for it"), (["--rule", "fixed", "--budget", "99999"], "--budget 99999: --rule fixed has no use for it"),
        (["--rules-table", "--rule", "neyman"], "--rule neyman: --rules-table has no use for it"), (["--rule", "probe-svd", "--capacity", "2"], "fills the --capacity 2 of every layer"),
        (["--rules-table", "--rows", "shuffled"], "--rows shuffled needs the row of probe-svd too"), (["--rule", "ratio", "--budget", str(sum(COSTS))], "nothing is left to grow"), (["--sample-steps", "1001"], "1001"), (["--latent", "0"], "--latent is 0"), (["--heads", "-4"], "--heads is -4"),
-       (["--rule", "gain", "--rank", "3"], f"costs {3 * sum(COSTS):,}, and rule 'gain' may spend {2 * sum(COSTS):,}: nothing is left to grow"), (["--rules-table", "--capacity", "1"], "--budgets has rank 3; --capacity is 1"),
+       (["--rule", "gain", "--rank", "3"], f"costs {3 * sum(COSTS):,}, and rule 'gain' may spend {2 * sum(COSTS):,}: nothing is left to grow"), (["--rules-table", "--capacity", "1"], "--budgets has rank 3; the limit is --capacity 1"),
        (["--steps", "4"], "--steps 4 ends before the first probe, --every 4"), (["--lam", "nan"], "--lam nan")]  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_a_replay_of_another_model_and_an_adapter_of_another_base_are_refused(re
     os.chdir(tmp_path)
     train_selora.main([*TINY, "--out", "r", "--rule", "fixed"])
     said = refused(train_selora.main, *TINY, "--out", "again", "--rule", "replay", "--replay", "r", "--seeds", "2")
-    assert "has 1 seeds; --seeds 2 need as many" in said
+    assert "has 1 seeds; --seeds 2 needs 2" in said
     said = refused(train_selora.main, *TINY, "--out", "again", "--rule", "replay", "--replay", "r", "--text-depth", "2")
     assert "a run of another model: layer 'text.blocks.1" in said
     train_selora.main([*TINY, "--out", "other", "--rule", "fixed", "--pretrain-steps", "7"])
@@ -347,7 +347,7 @@ def test_a_table_restricts_the_training_rows(tmp_path, monkeypatch, refused):
     assert "--table m: splits another study of 120 samples" in ask("m", "--data", "d.npz")
     arrays = dict(np.load("m/split-s0.npz"))
     np.savez("m/split-s0.npz", **arrays | {"present any:0.6": arrays["present any:0.6"] * False})
-    assert "left no training sample at seed 0 both image and note" in ask("m")
+    assert "leaves no training sample of seed 0 both image and note" in ask("m")
     del arrays["present any:0.6"]
     np.savez("m/split-s0.npz", **arrays)
     assert "m/split-s0.npz: has no missing table 'any:0.6'" in ask("m")
@@ -728,7 +728,7 @@ def test_a_run_says_first_what_it_adapts_and_how_much_work_is_ahead(tmp_path, mo
     with pytest.raises(SystemExit):
         train_selora.main([*TINY, "--out", "r", "--rules-table", "--seeds", "2"])
     said = capsys.readouterr().out
-    assert f"{len(COSTS)} layers adapted; an adapter of rank 1 has {sum(COSTS):,}, of rank 8 {8 * sum(COSTS):,}" in said
+    assert f"{len(COSTS)} layers adapted; an adapter of rank 1 has {sum(COSTS):,} parameters, one of rank 8 has {8 * sum(COSTS):,}" in said
     assert "at least 66 runs of 14 steps" in said and not list(tmp_path.iterdir())
 
 
