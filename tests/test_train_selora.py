@@ -912,3 +912,11 @@ def test_runs_of_an_earlier_version_are_refused_by_name(tmp_path, refused, monke
     (tmp_path / "old/config.json").write_text(json.dumps(config | {"schedule": "cosine"}))
     said = refused(train_selora.main, *argv[:-1], "old", "--resume")
     assert "old holds a run of another configuration (" in said and "schedule cosine there, None here" in said
+
+
+@pytest.mark.parametrize("seeds,losses,said", [(10, 0, "passed"), (10, 1, "passed"), (10, 2, "not passed"), (6, 1, "not decided"), (6, 2, "not passed")])
+def test_the_criterion_for_planned_ranks(seeds, losses, said):
+    probe = np.where(np.arange(seeds) < losses, 0.5, 0.3)
+    methods = {"probe-svd": {"heldout_loss": probe}} | {name: {"heldout_loss": np.full(seeds, 0.4)} for name in ("uniform", "shuffled")}
+    line = report_selora.confirmation({"methods": methods}, {name: name for name in methods})
+    assert f"{seeds - losses} and {seeds - losses} of {seeds}, {said}" in line
