@@ -102,7 +102,8 @@ class Config:
     width: Positive = 64  # Width of the transformer.
     depth: Positive = 4  # Blocks of the transformer.
     heads: Positive = 4  # Attention heads.
-    # Hash buckets for words; 0: 2048, or with --data 16 for each distinct word, at most 65536.
+    # Hash buckets for words; 0: 2048, or with --data 16 for each distinct word as a power of two
+    # from 2048 to 65536.
     buckets: Natural = 0
     # Word positions of a note; 0: what the longest note needs, at most 128. Longer notes are cut.
     positions: Natural = 0

@@ -120,7 +120,8 @@ class Config:
     text_width: Positive = 64  # Width of the text encoder.
     text_depth: Natural = 1  # Blocks of the text encoder.
     heads: Positive = 4  # Attention heads.
-    # Hash buckets for words; 0: 2048, or with --data 16 for each distinct word, at most 65536.
+    # Hash buckets for words; 0: 2048, or with --data 16 for each distinct word as a power of two
+    # from 2048 to 65536.
     buckets: Natural = 0
     # Word positions of a note; 0: 16, or with --data what the longest note needs, at most 128.
     # Longer notes are cut.
@@ -489,7 +490,6 @@ def run(cfg, stop):
     cfg = replace(cfg, buckets=buckets(cfg, target), positions=positions)
     config |= {"buckets": cfg.buckets, "positions": cfg.positions}
     adapted = ranks.check_adapters(cfg, Denoiser(**config))[2]  # with the words' vectors
-    print(*report_selora.describe_pairs(studies, drawable, config), sep="\n")
     parts = {}
     for seed in range(cfg.seeds):
         split = data.split(target, seed, cfg.train_share)
@@ -497,6 +497,8 @@ def run(cfg, stop):
         if cfg.table:
             split |= left_by_table(cfg.table, target, seed, split)
         parts[seed] = data.none_empty(target, split)
+    lines = report_selora.describe_pairs(studies, drawable, parts, config, cfg.image_size)
+    print(*lines, sep="\n")
     jobs = ranks.jobs_of(cfg, sum(costs.values()))
     print(f"{adapted}; {ranks.work_ahead(cfg, jobs)}")
 

@@ -81,7 +81,7 @@ def _pillow(path, rgb):
     try:
         picture = Image.open(io.BytesIO(content))
     except UnidentifiedImageError:
-        raise ValueError(f"Pillow reads no {path.suffix or 'file'} of this kind") from None
+        raise ValueError(f"damaged, or no {path.suffix or 'picture'} that Pillow reads") from None
     # A phone's JPEG (MPO) carries a preview as its second frame.
     if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
         raise Refused(f"{path}: has {picture.n_frames} frames; need one")

@@ -40,6 +40,14 @@ def provenance(study):
     return ", synthetic" if study.synthetic else ""
 
 
+def resized(study, size):
+    """A line where the study's images are not of the size that is used, or none."""
+    if study.images is not None and study.images.shape[1:3] != (size, size):
+        high, wide = study.images.shape[1:3]
+        yield (f"images: {wide}x{high} pixels in the file, resized to {size}x{size}; "
+               "--image-size sets another size")
+
+
 def grid(path, title, tops, rows):
     """A picture of pictures; without matplotlib an .npy array of them.
 
@@ -60,10 +68,10 @@ def grid(path, title, tops, rows):
             ax.imshow(image, cmap="gray", vmin=0, vmax=255)
             ax.set(xticks=[], yticks=[])
             if captions:
-                ax.set_xlabel(captions[column], fontsize=6)
+                ax.set_xlabel(captions[column], fontsize=7)
         line[0].set_ylabel(textwrap.fill(label, 18), fontsize=8)
     for ax, text in zip(axes[0], tops):
-        ax.set_title(textwrap.fill(text[:90], 22), fontsize=6)
+        ax.set_title(textwrap.fill(text[:90], 20), fontsize=8)
     fig.suptitle(title, fontsize=9)
     save_figure(fig, path)
 
@@ -82,6 +90,7 @@ def describe(study, draws, config):
         f"{study.name}{provenance(study)}: {len(study)} samples ({unlabelled} unlabelled, left out); "
         f"{', '.join(study.modalities)}; classes {', '.join(study.class_names)}"
     )
+    yield from resized(study, config["image_size"])
     if study.notes is not None and "vocabulary" not in config:
         yield f"words: {coverage(study.notes, config['buckets'], config['positions'])}"
     for seed, draw in draws.items():
@@ -92,7 +101,7 @@ def describe(study, draws, config):
             yield f"  {text}: " + ", ".join(f"{n} {c}" for n, c in zip(names, counts))
     fewest = min(len(draw["parts"]["test"]) for draw in draws.values())
     if fewest < FEW:
-        yield f"few test samples: {fewest}, so that one answer more moves accuracy by {1 / fewest:.3f}"
+        yield f"few test samples: {fewest}, each answer changes accuracy by {1 / fewest:.3f}"
 
 
 def mora_metrics(cfg, study, results, picked, ranks, simple):
@@ -313,7 +322,8 @@ def mora_figure(content, path):
         ax.set_xlim(-0.6, len(methods) - 0.4)
     ax.set_ylabel("macro-F1 on the test split")
     title = f"{content['data']}, {data.origin(content)}; trained with {content['missing']} missing"
-    ax.set_title(f"{title}; {len(content['seeds'])} seed(s)", fontsize=9)
+    seeds = len(content["seeds"])
+    ax.set_title(f"{title}; {seeds} seed{'s' if seeds > 1 else ''}", fontsize=9)
     ax.grid(axis="y", alpha=0.3)
     save_figure(fig, path)
 

@@ -10,16 +10,19 @@ from minilora import data, metrics, report
 from minilora.words import coverage
 
 
-def describe_pairs(studies, drawable, config):
+def describe_pairs(studies, drawable, parts, config, size):
     """What a run of train_selora.py works on, as lines; drawable: rows of the target that have
-    their image; config: the denoiser's."""
+    their image; parts {seed: split}; config: the denoiser's; size: of the images."""
     for role, study in studies.items():
         worded = int(study.have()[:, 1].sum())
         yield f"{role}: {study.name}{report.provenance(study)}, {len(study)} samples, {worded} with words"
         yield f"  words: {coverage(study.notes, config['buckets'], config['positions'])}"
+        yield from report.resized(study, size)
     missing = len(studies["target"]) - len(drawable)
     if missing:
         yield f"left out: {missing} samples of the target that lack their image"
+    for seed, split in parts.items():
+        yield f"seed {seed}: pairs to " + ", ".join(f"{k} {len(rows)}" for k, rows in split.items())
 
 
 REFERENCES = ("unadapted", "full")  # rows without an adapter, between which the others stand

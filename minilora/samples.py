@@ -145,7 +145,7 @@ def judge_base(cfg, vit, source, pairs, heldout, model, vae):
 def show(cfg, target, split, pairs, vae, models):
     """Draw samples.png, from the first words of the held-out split, and strip.png, from noise to
     image; models {label: denoiser}, the base and the adapted one."""
-    rows = split["test"][:8]
+    rows = split["test"][:6]
     (before, base), (after, adapted) = models.items()
     drawn = []
     for k in range(3):

@@ -303,8 +303,8 @@ def predict_file(diagnoser, args):
     scores = {}
     if labelled.any():
         scores = metrics.scores(study.labels[rows][labelled], probabilities[labelled])
-    results = ", ".join(in_words(scores))
-    print(f"{args.data}{about}: {len(rows)} samples, {labelled.sum()} labelled; {results}")
+    results = "".join(f", {text}" for text in in_words(scores))
+    print(f"{args.data}{about}: {len(rows)} samples, {labelled.sum()} labelled{results}")
     counts = dict(zip(*np.unique(patterns, return_counts=True)))
     print("present: " + ", ".join(f"{pattern} {count}" for pattern, count in counts.items()))
     if args.out:

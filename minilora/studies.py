@@ -376,7 +376,7 @@ def telling_words(study, most=5):
         strong = (rate * (1 - share) >= 9 * (1 - rate) * share) & (evidence > np.log(20 * tests))
         for i in np.flatnonzero(strong & (total >= least)):
             text = (f"'{words[i][:40]}' in {total[i]:.0f} notes, {own[i]:.0f} of them {name[:40]} "
-                    f"({share:.0%} of all)")
+                    f"({share:.0%} of all notes)")
             telling[words[i]] = max(telling.get(words[i], (0, "")), (evidence[i], text))
     return [text for _, text in sorted(telling.values(), reverse=True)[:most]]
 

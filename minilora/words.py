@@ -100,7 +100,7 @@ def coverage(notes, buckets, positions):
     shared = sum(count for count in sharing.values() if count > 1)
     total = sum(map(len, found))
     cut = sum(max(0, len(words) - (positions - 1)) for words in found)
-    return (f"{len(distinct):,} distinct on {buckets:,} ids, {shared:,} share one; {cut:,} of "
+    return (f"{len(distinct):,} distinct on {buckets:,} ids, {shared:,} share an id; {cut:,} of "
             f"{total:,} are cut at {positions} positions")
 
 

@@ -9,13 +9,14 @@ import shlex
 from dataclasses import replace
 
 import pytest
+import torch
 import tyro
 from conftest import ROOT
 
 import export
 import train_mora
 import train_selora
-from minilora import cli, data, ranks, serve_cli, studies, task
+from minilora import cli, data, ranks, selora, serve_cli, studies, task
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WIDE_TABLES = {"results.md"}  # pages whose tables may be wider than 120 characters
@@ -150,6 +151,58 @@ def test_the_loops_of_the_first_page_are_those_of_the_scripts():
     source = "".join((ROOT / f"{name}.py").read_text() for name in ("train_mora", "train_selora"))
     pasted = [text for text in blocks(ROOT / "README.md", "python") if text.startswith("  ")]
     assert len(pasted) == 2 and all(text.strip("\n") in source for text in pasted)
+
+
+class Net(torch.nn.Module):
+    """A model of somebody else's: a token for each modality, a block with attention, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.ModuleDict({"attention": torch.nn.Linear(16, 16)})])
+        self.head = torch.nn.Linear(16, 3)
+
+    def forward(self, *inputs):
+        tokens = torch.stack(inputs, 1)  # [B,M,16]
+        block = self.blocks[0]
+        return self.head((block["attention"](tokens) if isinstance(block, torch.nn.ModuleDict) else block(tokens)).mean(1))
+
+
+def own_listing(start):
+    """A listing of the first page for the reader's own model, at the width of `Net`."""
+    return next(text for text in blocks(ROOT / "README.md", "python") if text.startswith(start)).replace("dim=768", "dim=16")
+
+
+def test_the_listing_of_mora_trains_branch_and_head(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = Net()
+    model.blocks[0] = model.blocks[0]["attention"]
+    scope = {"torch": torch, "model": model, "images": torch.randn(2, 16), "notes": torch.randn(2, 16)}
+    before = model(scope["images"], scope["notes"])
+    head = model.head.weight.detach().clone()
+    exec(own_listing("from minilora.mora"), scope)
+    torch.testing.assert_close(scope["logits"], before)
+    torch.nn.functional.cross_entropy(scope["logits"], torch.tensor([0, 1])).backward()
+    scope["optimizer"].step()
+    assert (model.head.weight != head).any() and scope["mora"].up.abs().max() > 0
+    assert {*torch.load("mora.pt")} == {"mora", "head"}
+
+
+def test_the_listing_of_selora_learns_grows_and_merges(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = Net()
+    x = torch.randn(64, 16)
+    batches = [(x, (x @ torch.randn(16, 3, generator=torch.Generator().manual_seed(1))).argmax(1))] * 200
+    scope = {"torch": torch, "model": model, "batches": batches, "criterion": torch.nn.CrossEntropyLoss()}
+    first = scope["criterion"](model(x), batches[0][1])
+    frozen = model.head.weight.detach().clone()
+    exec(own_listing("from contextlib"), scope)
+    assert scope["loss"] < first and (model.head.weight == frozen).all() and not selora.adapters(model)
+    fresh = Net()
+    selora.inject(fresh, r".*attention.*", capacity=8)
+    selora.load_adapter(fresh, torch.load("adapter.pt"))
+    assert max(layer.rank for layer in selora.adapters(fresh).values()) > 1
 
 
 def prose(page):

@@ -211,9 +211,9 @@ def refused_files():
         "grey and alpha in planes": (tiff(two, 8, 1, planar=2, alpha=[2], deflate=True), "8-bit LA in separate planes"),
         "no photometric interpretation": (tiff(GREY, 8, None), "does not say whether zero is black"),
         "white is zero with alpha": (tiff(two, 8, 0, alpha=[2]), "white is zero in LA"),
-        "rgb of floats": (tiff(COLOUR / np.float32(255), 32, 2, sample_format=3), "Pillow reads no .tif of this kind"),
-        "64-bit float": (tiff(GREY / 7.0, 64, 1, sample_format=3), "Pillow reads no .tif of this kind"),
-        "big file, big-endian": (tiff(GREY, 8, 1, ">", big=True), "Pillow reads no .tif of this kind"),
+        "rgb of floats": (tiff(COLOUR / np.float32(255), 32, 2, sample_format=3), "damaged, or no .tif that Pillow reads"),
+        "64-bit float": (tiff(GREY / 7.0, 64, 1, sample_format=3), "damaged, or no .tif that Pillow reads"),
+        "big file, big-endian": (tiff(GREY, 8, 1, ">", big=True), "damaged, or no .tif that Pillow reads"),
         "cut": (tiff(GREY, 8, 1)[:100], "not a readable picture"),
         "cut directory": (tiff(GREY, 8, 0)[:-100], "not a readable picture"),
     }

@@ -239,7 +239,7 @@ def test_ids_and_positions_that_words_need():
     notes = [f"word{i} other" for i in range(500)]
     assert buckets_for(notes) == 8192 and buckets_for(["a b"]) == 2048 and buckets_for([f"w{i}" for i in range(10**4)]) == 65536
     said = coverage(notes, 16, 2)
-    assert said == "501 distinct on 16 ids, 501 share one; 500 of 1,000 are cut at 2 positions"
+    assert said == "501 distinct on 16 ids, 501 share an id; 500 of 1,000 are cut at 2 positions"
 
 
 def test_a_table_of_predictions_names_the_rows_of_its_file(imported, monkeypatch):

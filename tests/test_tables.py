@@ -386,7 +386,7 @@ def test_a_mark_that_one_class_gets_is_reported(tmp_path):
     notes = [f"{'covid19 ' if i % 2 else ''}day {i % 7} ward {i}" for i in range(60)]
     path = notes_file(tmp_path, notes, labels)
     study, report = convert(path, mask_words="covid")
-    assert "leakage    words of one class: '[mask]' in 30 notes, 30 of them covid (50% of all)" in report
+    assert "leakage    words of one class: '[mask]' in 30 notes, 30 of them covid (50% of all notes)" in report
     assert "import     64 pixels, squeeze, grey; hidden (mark): covid\n" in report
     assert study.prepared["mask_words"] == ["covid"] and study.prepared["mask"] == "mark" and "[MASK] day 1 ward 1" in study.notes[1]
     study, report = convert(path, mask_words="covid", mask="delete")
@@ -399,7 +399,7 @@ def test_any_word_of_one_class_is_reported_and_no_other(tmp_path):
     words = [" ".join(f"w{k}" for k in rng.integers(0, 60, 8)) for _ in labels]
     notes = [f"{text}{' intubated' if label == 'rare' and i % 20 == 0 else ''}" for i, (text, label) in enumerate(zip(words, labels))]
     report = convert(notes_file(tmp_path, notes, labels))[1]
-    assert "leakage    words of one class: 'intubated' in 20 notes, 20 of them rare (10% of all)\n" in report
+    assert "leakage    words of one class: 'intubated' in 20 notes, 20 of them rare (10% of all notes)\n" in report
     assert "leakage" not in convert(notes_file(tmp_path, words, labels))[1]
 
 
@@ -408,7 +408,7 @@ def test_findings_leak_too_and_so_does_their_absence(tmp_path):
     b = [i // 2 % 2 for i in range(80)]
     notes = [f"n{i} {'tube' if a[i] else ''} {'clear' if not b[i] else ''}" for i in range(80)]
     report = convert(column_file(tmp_path, {"note": notes, "a": a, "b": b}), label_column="a,b")[1]
-    assert "'tube' in 40 notes, 40 of them a (50% of all)" in report and "'clear' in 40 notes, 40 of them no b (50% of all)" in report
+    assert "'tube' in 40 notes, 40 of them a (50% of all notes)" in report and "'clear' in 40 notes, 40 of them no b (50% of all notes)" in report
 
 
 # ----------------------------------------------------------------------------------------------------- groups and splits

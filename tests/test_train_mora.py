@@ -186,7 +186,7 @@ def test_rates_are_picked_on_validation_and_the_winner_is_not_trained_again(tmp_
     report, said = json.loads((tmp_path / "r/metrics.json").read_text()), capsys.readouterr().out
     assert len(trained) == sum(len(m["lr_grid"]) + 1 for m in report["methods"].values())
     fewest = min(len(data.read_npz(tmp_path / f"r/split-s{seed}.npz")["test"]) for seed in range(2))
-    assert f"few test samples: {fewest}, so that one answer more moves accuracy by {1 / fewest:.3f}" in said
+    assert f"few test samples: {fewest}, each answer changes accuracy by {1 / fewest:.3f}" in said
     for name, m in report["methods"].items():
         grid = {float(rate): score for rate, score in m["lr_grid"].items()}
         assert grid[m["lr"]] == max(grid.values()) and {*train_mora.LR_GRID} <= {*grid}
