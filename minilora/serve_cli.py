@@ -79,7 +79,8 @@ def add_sample(p):
         "--out",
         type=Path,
         default=Path("sheet.png"),
-        help="file to write: a .png sheet (pictures extra) or an .npy array (default: sheet.png)",
+        help="file to write or replace: a .png sheet (pictures extra) or an .npy array "
+        "(default: sheet.png)",
     )
     add_sampling(p)
 

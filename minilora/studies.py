@@ -244,7 +244,8 @@ def _read_numeric(table, groups, na, decimal):
     columns {modality: names}."""
     names = [name for group in groups.values() for name in group]
     marks, examples = tables.number_formats(table, names, na, DECIMALS[decimal])
-    report = [f"numbers    {', '.join(examples[:8])}; if not, use --decimal"] if examples else []
+    tail = "" if DECIMALS[decimal] else "; if not, use --decimal"
+    report = [f"numbers    {', '.join(examples[:8])}{tail}"] if examples else []
     numeric = {}
     formats = {}
     for modality, columns in groups.items():
