@@ -680,19 +680,21 @@ def found_mora(results):
     )
 
 
+PLANNED = {"ratio": "`ratio`, the paper's rule,", "probe-svd": "`probe-svd`", "neyman": "`neyman`"}
+
+
 def found_selora(results):
-    """Which ranks are better than equal ones, at the parameters of rank 2."""
+    """How often which ranks are better than equal ones, and by how much at the parameters of rank 2."""
+    columns = rank_losses(results)
     parts = []
-    for rule, title in (("ratio", "ranks that grow by the paper's rule are"), ("probe-svd", "ranks that `probe-svd` plans are")):
-        each = []
-        for name, study in RANKS.items():
-            if name in results:
-                methods = results[name]["result"]["methods"]
-                ours, equal = (np.array(methods[f"{row} r2"]["heldout_loss"]) * 1e5 for row in (rule, "uniform"))
-                each.append(f"{stands(ours, equal, less=True)} equal ranks on {study} ({interval(ours, equal, 0)})")
-        parts.append(f"{title} {' and '.join(each)}")
-    return (f"**SeLoRA.** At the parameters of rank 2 in every layer, {'; '.join(parts)}. The numbers are differences of "
-            "held-out loss x 1e5; below 0 is better.")
+    for rule, title in PLANNED.items():
+        said = [stands(losses[rule], losses["uniform"], less=True) for losses in columns.values() if rule in losses]
+        at_two = [f"{interval(losses[rule], losses['uniform'], 0)} on {study}"
+                  for (study, budget), losses in columns.items() if budget == "r2"]
+        parts.append(f"{title} is better in {said.count('better than')} and worse in {said.count('worse than')} of {len(said)} cases "
+                     f"({'; '.join(at_two)})")
+    return (f"**SeLoRA.** Against equal ranks at the same number of parameters, two studies and up to three budgets each: "
+            f"{', '.join(parts)}. The numbers are differences of held-out loss x 1e5 at rank 2's budget; below 0 is better.")
 
 
 def found_both(results):

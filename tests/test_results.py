@@ -75,7 +75,7 @@ def test_blocks_of_the_readme_are_filled(monkeypatch):
 def made_up(shift):
     """Results of six seeds in which `ratio` and drawn studies are off by so much, in losses and in macro-F1."""
     noise = np.random.default_rng(0).normal(size=6) * 1e-6
-    loss = {row: {"heldout_loss": list(0.4 + noise)} for row in ("uniform r2", "probe-svd r2")}
+    loss = {row: {"heldout_loss": list(0.4 + noise)} for row in ("uniform r2", "probe-svd r2", "neyman r2")}
     ranks = {"methods": loss | {"ratio r2": {"heldout_loss": list(0.4 + 2 * noise + shift)}}}
     scarce = {m: {"macro_f1": list(0.5 + noise)} for m in ("mora", "full")}
     drawn = {m: {"macro_f1": list(0.5 + 2 * noise + shift)} for m in ("mora", "full")}
@@ -84,11 +84,12 @@ def made_up(shift):
     return {name: {"result": result} for name, result in kept.items()}
 
 
-@pytest.mark.parametrize("shift,loss,score", [(0, *["not shown to differ from"] * 2), (0.01, "worse than", "better than"), (-0.01, "better than", "worse than")])
+@pytest.mark.parametrize("shift,loss,score", [(0, "better in 0 and worse in 0", "not shown to differ from"), (0.01, "better in 0 and worse in 2", "better than"),
+                                              (-0.01, "better in 2 and worse in 0", "worse than")])
 def test_what_was_found_is_said_as_the_numbers_are(shift, loss, score, tmp_path):
     ranks, both = results.found_block(made_up(shift))
-    assert f"grow by the paper's rule are {loss} equal ranks on phantoms" in ranks
-    assert "plans are not shown to differ from equal ranks on phantoms" in ranks
+    assert f"`ratio`, the paper's rule, is {loss} of 2 cases" in ranks
+    assert "`probe-svd` is better in 0 and worse in 0 of 2 cases" in ranks
     assert f"MoRA is {score} without them" in both and f"full fine-tuning is {score} without them" in both
     assert results.found_block({}) == results.NOT_YET
 
