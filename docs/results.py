@@ -541,7 +541,6 @@ PARTS = [
     ]),
     ("SeLoRA", [
         ("selora-phantoms", "Phantoms (synthetic)", selora_section),
-        ("selora-xrays", "X-rays drawn from their notes", selora_section),
         ("ranks-phantoms", "Which ranks: phantoms", selora_section),
         ("ranks-xrays", "Which ranks: X-rays", selora_section),
         ("peft-phantoms", "Which ranks: beside PEFT, on the linear layers of phantoms", peft_section),
