@@ -58,7 +58,6 @@ def selora(name, *settings):
 TEN = ("--seeds", "10")
 SIX = ("--seeds", "6")  # of which a sign test can just show a difference: p = .031 where all agree
 GENERATOR = ("--lr", "0.01", "full:0.001")  # what the default run of train_selora.py picks
-RANK_ROWS = ("neyman", "probe-svd", "shuffled", "oracle", "ratio", "replay")
 SMALL = ("--phantoms", "4000")
 SCARCE = (*SMALL, "--train-share", "0.1", "--methods", "mora", "full", *TEN)
 JUDGE = [
@@ -118,9 +117,10 @@ PUBLISHED = [
     published("mora-pneumonia", mora("mora-pneumonia", *SIX, *PNEUMONIA)),
     published("mora-covid", mora("mora-covid", *SIX, *COVID)),
     published("selora-phantoms", selora("selora-phantoms", *SIX, "--judge", f"{RUNS}/judge"), "judge"),
-    ranks("ranks-phantoms", "judge", "--rows", "uniform", "random", *RANK_ROWS),
+    ranks("ranks-phantoms", "judge", "--rows", "uniform", "random", "neyman", "probe-svd",
+          "shuffled", "oracle", "ratio", "replay"),
     ranks("ranks-xrays", "judge-xrays", *XRAYS, "--buckets", "8192", "--budgets", "1", "2", "3", "--rows", "uniform",
-          *RANK_ROWS),
+          "neyman", "probe-svd", "shuffled", "ratio"),
     published("scarce-none", mora("scarce-none", *SCARCE)),
     Published("scarce-generator", [selora("scarce-generator", *SMALL, "--train-share", "0.1", *TEN, *GENERATOR,
                                           "--table", f"{RUNS}/scarce-none")], needs=("scarce-none",)),
