@@ -129,7 +129,7 @@ PUBLISHED = [
     published("scarce-own", mora("scarce-own", *SCARCE, "--augment", "own:1000")),
     published("scarce-drawn", mora("scarce-drawn", *SCARCE, "--augment", f"{RUNS}/scarce-generator:1000"),
               "scarce-generator"),
-    Published("peft-phantoms", [["tests/bench/peft_ranks.py", "--out", f"{RUNS}/peft-phantoms", "--seeds", "6", "--resume"]],
+    Published("peft-phantoms", [["tests/bench/peft_ranks.py", "--out", f"{RUNS}/peft-phantoms", *SIX, "--resume", "--rows", "uniform", "neyman", "peft-lora", "adalora"]],
               "peft-phantoms/results.json"),
     Published("fill-usual", filling("fill-usual", "usual"), "fill-usual.json"),
     Published("fill-image", filling("fill-image", "image"), "fill-image.json"),
@@ -569,8 +569,12 @@ def page(results):
             picture = ["![each rule's loss minus that of equal ranks](ranks.png)", ""] if {*RANKS} & {*results} else []
             lines[k:k] = ["### Which ranks: both studies", "", RANKS_TEXT, "", *picture, *ranks_block(results), ""]
     lines += ["## Both together", "", "### Synthetic studies beside few real ones", "", SCARCE_TEXT, ""]
+    generator = next(one for one in PUBLISHED if one.name == "scarce-generator")
     for name in SCARCE_ROWS:
-        lines += [f"`{command}`  " for command in results.get(name, {"commands": []})["commands"]]
+        commands = results.get(name, {"commands": []})["commands"]
+        if commands and name == "scarce-drawn":
+            commands = [shown(generator.commands[0]), *commands]
+        lines += [f"`{command}`  " for command in commands]
     lines += ["", *scarce_table(results), ""]
     lines += filling_section(FILLED, results)
     return "\n".join(lines).rstrip() + "\n"
@@ -703,11 +707,11 @@ def found_both(results):
     each = []
     for method, title in (("mora", "MoRA"), ("full", "full fine-tuning")):
         each.append(
-            f"{title} is {stands(drawn[method], none[method])} without them ({interval(drawn[method], none[method])} macro-F1) "
-            f"and {stands(drawn[method], random[method])} with real images of random other patients in their place "
+            f"for {title}, {stands(drawn[method], none[method])} adding nothing ({interval(drawn[method], none[method])} macro-F1) and "
+            f"{stands(drawn[method], random[method])} adding studies with real images of random other patients "
             f"({interval(drawn[method], random[method])})"
         )
-    return f"**Both.** With a tenth of 3,200 training studies, and 1,000 more whose images SeLoRA drew, {'; '.join(each)}."
+    return (f"**Both.** Adding 1,000 studies whose images SeLoRA drew to a tenth of 3,200 training studies is {'; and '.join(each)}.")
 
 
 def found_block(results):
