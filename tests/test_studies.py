@@ -462,7 +462,12 @@ def test_mora_trains_and_serves_a_study_with_missing_images(half, tmp_path, monk
 def test_selora_leaves_out_samples_without_their_image(half, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train_selora.main(["--data", str(half), "--out", "run", "--seeds", "1", "--steps", "4", "--every", "2", "--vae-steps", "4", "--pretrain-steps", "4", "--phantoms", "150",
-                       "--width", "8", "--text-width", "8", "--heads", "1", "--batch", "8", "--device", "cpu", "--lr", "0.01", "full:0.001"])  # fmt: skip
-    assert "left out: 50 samples of the target that lack their image" in capsys.readouterr().out
-    rows = np.concatenate([*data.read_npz(tmp_path / "run" / "split-s0.npz").values()])
+                       "--width", "8", "--text-width", "8", "--heads", "1", "--batch", "8", "--device", "cpu", "--lr", "0.01", "full:0.001",
+                       "--image-size", "16"])  # fmt: skip
+    said = capsys.readouterr().out
+    assert "left out: 50 samples of the target that lack their image" in said
+    assert "images: 32x32 pixels in the file, resized to 16x16; --image-size sets another size" in said
+    split = data.read_npz(tmp_path / "run" / "split-s0.npz")
+    assert f"seed 0: pairs to train {len(split['train'])}, val {len(split['val'])}, test {len(split['test'])}" in said
+    rows = np.concatenate([*split.values()])
     assert len(rows) == 100 and (rows % 3 > 0).all()
