@@ -119,6 +119,9 @@ PUBLISHED = [
     published("selora-phantoms", selora("selora-phantoms", *SIX, "--judge", f"{RUNS}/judge"), "judge"),
     ranks("ranks-phantoms", "judge", "--rows", "uniform", "random", "neyman", "probe-svd",
           "shuffled", "oracle", "ratio", "replay"),
+    # The control of neyman, which looks at no data; on the same splits, from the same base.
+    ranks("ranks-phantoms-cost", "judge", "--budgets", "1", "2", "3", "--rows", "inverse-cost"),
+    ranks("ranks-xrays-cost", "judge-xrays", *XRAYS, "--buckets", "8192", "--budgets", "1", "2", "3", "--rows", "inverse-cost"),
     ranks("ranks-xrays", "judge-xrays", *XRAYS, "--buckets", "8192", "--budgets", "1", "2", "3", "--rows", "uniform",
           "neyman", "probe-svd", "shuffled", "ratio"),
     published("scarce-none", mora("scarce-none", *SCARCE)),
@@ -523,7 +526,8 @@ where both of these cannot, is a unit test (`tests/test_mora.py`)."""
 
 RANKS_TEXT = """Held-out loss x 1e5 of each rule minus that of equal ranks at the same number of adapter parameters: mean
 [95% interval], p of the sign test; below 0 is better. `shuffled` are the ranks of `probe-svd`, permuted among layers of
-equal cost; `replay` starts with the ranks that `ratio` ends with; `oracle` trains once to find its ranks, and is charged
+equal cost; `inverse-cost` gives cheap layers more and looks at no data; `replay` starts with the ranks that `ratio` ends
+with; `oracle` trains once to find its ranks, and is charged
 nothing for it. At rank 1's budget `ratio` has nothing to choose. What the judge finds in the pictures stands in the two
 tables below."""
 
@@ -625,6 +629,7 @@ def selora_block(results):
 
 
 RANKS = {"ranks-phantoms": "phantoms", "ranks-xrays": "X-rays"}
+RANK_PAIRS = (("neyman", "inverse-cost"), ("probe-svd", "shuffled"), ("probe-svd", "inverse-cost"))  # each and its control
 RANKS_SHOWN = ("probe-svd", "shuffled", "inverse-cost", "neyman", "random", "ratio", "random-grown", "replay", "oracle")
 
 
@@ -639,7 +644,13 @@ def ranks_block(results):
         cells = [interval(x[rule], x["uniform"], 0) if rule in x else "" for x in columns.values()]
         if any(cells):
             rows.append([f"`{rule}`", *cells])
-    return table(header, rows)
+    lines = []
+    for ours, theirs in RANK_PAIRS:
+        for (title, budget), losses in columns.items():
+            if {ours, theirs} <= {*losses}:
+                names = (f"{ours} {budget}", f"{theirs} {budget}")
+                lines.append(f"{title}: {metrics.verdict(losses[ours], losses[theirs], names, less=True, digits=0)}")
+    return [*table(header, rows), *sentences(lines)]
 
 
 def filling_block(results):
@@ -683,7 +694,8 @@ def found_mora(results):
     )
 
 
-PLANNED = {"ratio": "`ratio`, the paper's rule,", "probe-svd": "`probe-svd`", "neyman": "`neyman`"}
+PLANNED = {"ratio": "`ratio`, the paper's rule,", "probe-svd": "`probe-svd`", "neyman": "`neyman`",
+           "inverse-cost": "`inverse-cost`, a control that looks at no data,"}
 
 
 def found_selora(results):
@@ -691,9 +703,11 @@ def found_selora(results):
     columns = rank_losses(results)
     parts = []
     for rule, title in PLANNED.items():
+        if not any(rule in losses for losses in columns.values()):
+            continue
         said = [stands(losses[rule], losses["uniform"], less=True) for losses in columns.values() if rule in losses]
         at_two = [f"{interval(losses[rule], losses['uniform'], 0)} on {study}"
-                  for (study, budget), losses in columns.items() if budget == "r2"]
+                  for (study, budget), losses in columns.items() if budget == "r2" and rule in losses]
         parts.append(f"{title} is better in {said.count('better than')} and worse in {said.count('worse than')} of {len(said)} cases "
                      f"({'; '.join(at_two)})")
     return (f"**SeLoRA.** Against equal ranks at the same number of parameters, two studies and up to three budgets each: "
@@ -757,13 +771,24 @@ BLOCKS = {
 }
 
 
+def rank_methods(name, results):
+    """The rows of a table of ranks, with those of its control, which is a run of its own."""
+    methods = results[name]["result"]["methods"]
+    if f"{name}-cost" in results:
+        control = results[f"{name}-cost"]["result"]["methods"]
+        if control["unadapted"]["heldout_loss"] != methods["unadapted"]["heldout_loss"]:
+            raise data.Refused(f"{name} and {name}-cost were tested on other samples, or from another base")
+        methods = methods | control
+    return methods
+
+
 def rank_losses(results):
     """{(study, 'r1', 'r2' or 'r3'): {rule: held-out losses x 1e5 per seed}}."""
     columns = {}
     for name, title in RANKS.items():
         for budget in ("r1", "r2", "r3"):
             if name in results:
-                methods = results[name]["result"]["methods"]
+                methods = rank_methods(name, results)
                 rows = {rule: methods.get(f"{rule} {budget}") for rule in ("uniform", *RANKS_SHOWN)}
                 if rows["uniform"]:
                     columns[title, budget] = {k: np.array(v["heldout_loss"]) * 1e5 for k, v in rows.items() if v}
