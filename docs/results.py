@@ -482,12 +482,10 @@ def filling_table(result):
 def filling_section(names, results):
     """Missing images filled in: rows of scores, and comparisons."""
     for name, about_study in names.items():
+        if name not in results:
+            continue
         yield f"### {about_study}"
         yield ""
-        if name not in results:
-            yield "Not measured yet."
-            yield ""
-            continue
         yield from about(results[name])
         yield from filling_table(results[name]["result"]["filled_in"])
         yield ""
@@ -529,7 +527,7 @@ RANKS_TEXT = """Held-out loss x 1e5 of each rule minus that of equal ranks at th
 equal cost; `inverse-cost` gives cheap layers more and looks at no data; `replay` starts with the ranks that `ratio` ends
 with; `oracle` trains once to find its ranks, and is charged
 nothing for it. At rank 1's budget `ratio` has nothing to choose. What the judge finds in the pictures stands in the two
-tables below."""
+tables above."""
 
 SCARCE_TEXT = """A tenth of the training samples of 4,000 phantoms, 70% of which lack their image or report, and 1,000
 studies more. Each takes the words and the label of a training sample whose words the missing table left. The generator was
@@ -546,7 +544,9 @@ PARTS = [
     ("SeLoRA", [
         ("selora-phantoms", "Phantoms (synthetic)", selora_section),
         ("ranks-phantoms", "Which ranks: phantoms", selora_section),
+        ("ranks-phantoms-cost", "Which ranks: phantoms, by cost alone", selora_section),
         ("ranks-xrays", "Which ranks: X-rays", selora_section),
+        ("ranks-xrays-cost", "Which ranks: X-rays, by cost alone", selora_section),
         ("peft-phantoms", "Which ranks: beside PEFT, on the linear layers of phantoms", peft_section),
     ]),
 ]  # fmt: skip
@@ -566,12 +566,11 @@ def page(results):
             lines += ["### When knowing the pattern pays", "", WHEN, "", *awareness_table(results), "",
                       "The commands of its columns stand in the next three sections.", ""]
         for name, title, section in sections:
-            lines += [f"### {title}", ""]
-            lines += section(name, results) if name in results else ["Not measured yet.", ""]
-        if part == "SeLoRA":
-            k = lines.index("### Which ranks: phantoms")
-            picture = ["![each rule's loss minus that of equal ranks](ranks.png)", ""] if {*RANKS} & {*results} else []
-            lines[k:k] = ["### Which ranks: both studies", "", RANKS_TEXT, "", *picture, *ranks_block(results), ""]
+            if name in results:
+                lines += [f"### {title}", "", *section(name, results)]
+        if part == "SeLoRA" and {*RANKS} & {*results}:
+            picture = "![each rule's loss minus that of equal ranks](ranks.png)"
+            lines += ["### Which ranks: all studies", "", RANKS_TEXT, "", picture, "", *ranks_block(results), ""]
     lines += ["## Both together", "", "### Synthetic studies beside few real ones", "", SCARCE_TEXT, ""]
     generator = next(one for one in PUBLISHED if one.name == "scarce-generator")
     for name in SCARCE_ROWS:
@@ -581,6 +580,9 @@ def page(results):
         lines += [f"`{command}`  " for command in commands]
     lines += ["", *scarce_table(results), ""]
     lines += filling_section(FILLED, results)
+    missing = [f"`{one.name}`" for one in PUBLISHED if one.file and one.name not in results]
+    if missing:
+        lines += ["## Not measured yet", "", f"`make results` runs what is missing here: {', '.join(missing)}.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
