@@ -525,9 +525,8 @@ where both of these cannot, is a unit test (`tests/test_mora.py`)."""
 RANKS_TEXT = """Held-out loss x 1e5 of each rule minus that of equal ranks at the same number of adapter parameters: mean
 [95% interval], p of the sign test; below 0 is better. `shuffled` are the ranks of `probe-svd`, permuted among layers of
 equal cost; `inverse-cost` gives cheap layers more and looks at no data; `replay` starts with the ranks that `ratio` ends
-with; `oracle` trains once to find its ranks, and is charged
-nothing for it. At rank 1's budget `ratio` has nothing to choose. What the judge finds in the pictures stands in the two
-tables above."""
+with; `oracle` trains once to find its ranks, and is charged nothing for it. At rank 1's budget `ratio` has nothing to
+choose. What the judge finds in the pictures stands in the tables above."""
 
 SCARCE_TEXT = """A tenth of the training samples of 4,000 phantoms, 70% of which lack their image or report, and 1,000
 studies more. Each takes the words and the label of a training sample whose words the missing table left. The generator was
@@ -723,11 +722,11 @@ def found_both(results):
     each = []
     for method, title in (("mora", "MoRA"), ("full", "full fine-tuning")):
         each.append(
-            f"for {title}, {stands(drawn[method], none[method])} adding nothing ({interval(drawn[method], none[method])} macro-F1) and "
-            f"{stands(drawn[method], random[method])} adding studies with real images of random other patients "
+            f"with it, {title} is {stands(drawn[method], none[method])} without ({interval(drawn[method], none[method])} macro-F1), and "
+            f"{stands(drawn[method], random[method])} after adding real images of random other patients "
             f"({interval(drawn[method], random[method])})"
         )
-    return (f"**Both.** Adding 1,000 studies whose images SeLoRA drew to a tenth of 3,200 training studies is {'; and '.join(each)}.")
+    return f"**Both.** Add 1,000 studies whose images SeLoRA drew to a tenth of 3,200 training studies: {'; '.join(each)}."
 
 
 def found_block(results):

@@ -90,7 +90,7 @@ def test_what_was_found_is_said_as_the_numbers_are(shift, loss, score, tmp_path)
     ranks, both = results.found_block(made_up(shift))
     assert f"`ratio`, the paper's rule, is {loss} of 2 cases" in ranks
     assert "`probe-svd` is better in 0 and worse in 0 of 2 cases" in ranks
-    assert f"for MoRA, {score} adding nothing" in both and f"for full fine-tuning, {score} adding nothing" in both
+    assert f"MoRA is {score} without" in both and f"full fine-tuning is {score} without" in both
     assert results.found_block({}) == results.NOT_YET
 
 
