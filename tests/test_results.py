@@ -90,6 +90,7 @@ def made_up(shift):
 def test_what_was_found_is_said_as_the_numbers_are(shift, loss, score, tmp_path):
     ranks, both = results.found_block(made_up(shift))
     assert f"`ratio`, the paper's rule, is {loss} of 2 cases" in ranks
+    assert ("use `--rule ratio`" in ranks) == (shift < 0)
     assert "`probe-svd` is better in 0 and worse in 0 of 2 cases" in ranks
     assert f"MoRA is {score} without" in both and f"full fine-tuning is {score} without" in both
     assert results.found_block({}) == results.NOT_YET
