@@ -628,11 +628,13 @@ def selora_block(results):
     result = results["selora-phantoms"]["result"]
     lines = []
     for line in selora_table(result):
+        if line.startswith("| real images |"):
+            continue
         cells = line.strip("|").split("|")
         shown_cells = [c for c, title in zip(cells, next(selora_table(result)).strip("|").split("|"))
-                       if "ignored" not in title and "rate" not in title]
+                       if not any(word in title for word in ("ignored", "rate", "nearest"))]
         lines.append("|" + "|".join(shown_cells) + "|")
-    return [*lines, *sentences(report_selora.selora_conclusion(result)[:3])]
+    return [*lines, *sentences(report_selora.selora_conclusion(result)[:1])]
 
 
 RANKS = {"ranks-phantoms": "phantoms", "ranks-xrays": "X-rays"}
@@ -752,7 +754,6 @@ def found_block(results):
 
 
 SAID = {
-    "mora-fill": ("Filled", "prompts"),
     "mora-label": ("Filled, and missing follows the label in training", " lora"),
 }
 
@@ -768,8 +769,10 @@ def mora_sentences(results):
 
 
 def awareness_block(results):
-    """Table and sentences."""
-    return [*awareness_table(results), "", *mora_sentences(results)]
+    """Table and sentence of the first page, without the row of prompts and what `found_mora` says."""
+    left_out = ("| `prompt`", "| `mora` minus `lora` of column 1")
+    lines = [line for line in awareness_table(results) if not line.startswith(left_out)]
+    return [*lines, "", *mora_sentences(results)]
 
 
 BLOCKS = {
