@@ -718,15 +718,15 @@ def found_selora(results):
         said = [stands(losses[rule], losses["uniform"], less=True) for losses in columns.values() if rule in losses]
         if {*said} == {"better than"}:
             always[rule] = np.mean([(x[rule] - x["uniform"]).mean() for x in columns.values() if rule in x])
-        at_two = [f"{interval(losses[rule], losses['uniform'], 0)} on {study}"
+        at_two = [f"{report.difference(losses[rule], losses['uniform'], 0)} on {study}"
                   for (study, budget), losses in columns.items() if budget == "r2" and rule in losses]
         parts.append(f"{title} is better in {said.count('better than')} and worse in {said.count('worse than')} of {len(said)} cases "
                      f"({'; '.join(at_two)})")
     advice = "No rule is better in all cases."
     if always:
         advice = f"Where the loss counts, use `--rule {min(always, key=always.get)}`."
-    return (f"**SeLoRA.** Against equal ranks at the same budget of parameters, two studies and up to four budgets each: "
-            f"{', '.join(parts)}. The numbers are differences of held-out loss x 1e5 at rank 2's budget; below 0 is better. {advice}")
+    return (f"**SeLoRA.** Against equal ranks at the same budget of parameters: "
+            f"{', '.join(parts)}. Numbers: held-out loss x 1e5 at rank 2's budget; below 0 is better. {advice}")
 
 
 def found_both(results):
