@@ -409,9 +409,11 @@ def selora_table(result, names=None):
     methods = result["methods"]
     judge = result["judge"]
     facts = [name for name in judge["ceiling"] if "," not in name] if judge else []
+    # A table of rules has no images that were drawn without words.
+    ignored = [f"{fact}, words ignored" for fact in facts if f"{fact}, words ignored" in next(iter(methods.values()))]
     header = ["", "held-out loss", "trained parameters", "rate"]
     if judge:
-        header += ["Frechet distance", *(f"{fact} found" for fact in facts), *(f"{fact}, words ignored" for fact in facts)]
+        header += ["Frechet distance", *(f"{fact} found" for fact in facts), *ignored]
         header += ["nearest"]
     rows = []
     for name in names or methods:
@@ -422,7 +424,7 @@ def selora_table(result, names=None):
             row[-1] = f"{np.mean(method['trainable_params']):,.0f}"
         row += [f"{method['lr']:g}" if name != "unadapted" else ""]
         if judge:
-            row += [judged_cell(method, key) for key in ("frechet", *facts, *(f"{f}, words ignored" for f in facts))]
+            row += [judged_cell(method, key) for key in ("frechet", *facts, *ignored)]
             row += [judged_cell(method, "nearest", 1)]
         rows.append(row)
     if judge:
@@ -430,7 +432,7 @@ def selora_table(result, names=None):
         bounds = {"real images through the autoencoder": judge["autoencoder"], "real images": real,
                   "most common answer": judge["chance"]}  # fmt: skip
         for name, values in bounds.items():
-            cells = [judged_cell(values, key) for key in ("frechet", *facts)] + [""] * len(facts)
+            cells = [judged_cell(values, key) for key in ("frechet", *facts)] + [""] * len(ignored)
             rows.append([name, "", "", "", *cells, judged_cell(values, "nearest", 1)])
     return table(header, rows)
 
@@ -448,7 +450,7 @@ def selora_section(name, results):
     yield ""
     lines = [line.strip() for line in report_selora.selora_conclusion(content["result"])]
     if content["result"]["budgets"]:
-        yield "Of the comparisons of pictures (Frechet distance, kind, side), only those that show a difference are listed."
+        yield "Of the comparisons of pictures (Frechet distance and what is found), only those that show a difference are listed."
         yield ""
         lines = [line for line in lines if not re.match(r"\w+: No difference", line)]
     yield from (f"- {line}" for line in lines)
@@ -532,7 +534,8 @@ equal cost; `inverse-cost` gives cheap layers more and looks at no data; `replay
 with; `oracle` trains once to find its ranks, and is charged nothing for it. At rank 1's budget `ratio` has nothing to
 choose, and of higher budgets it leaves a part unspent: the last column has equal ranks at what it spends without a limit.
 What the judge finds in the pictures stands in the tables above. Rates are picked by the loss, which hardly shows whether
-pictures follow the words: compare there what is found."""
+pictures follow the words: compare there what is found. Where real images do not beat the most common answer, as on the
+X-rays, what is found says nothing."""
 
 SCARCE_TEXT = """A tenth of the training samples of 4,000 phantoms, 70% of which lack their image or report, and 1,000
 studies more. Each takes the words and the label of a training sample whose words the missing table left. The generator was
