@@ -167,7 +167,7 @@ def frame(step, steps, notes, rows, model):
             picture = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
             canvas.paste(picture.convert("RGB"), (LEFT + column * (side + GAP), y))
     draw_bars(draw, right, layers)
-    caption = "first held-out notes, not selected; drawn images without pixel noise"
+    caption = "first held-out notes, nothing picked; drawn images without pixel noise"
     write(draw, (LEFT, height - 20), caption, 11)
     return indices(canvas)
 
