@@ -411,7 +411,7 @@ def selora_table(result, names=None):
     facts = [name for name in judge["ceiling"] if "," not in name] if judge else []
     # A table of rules has no images that were drawn without words.
     ignored = [f"{fact}, words ignored" for fact in facts if f"{fact}, words ignored" in next(iter(methods.values()))]
-    header = ["", "held-out loss", "trained parameters", "rate"]
+    header = ["", "held-out loss x 1e5", "trained parameters", "rate"]
     if judge:
         header += ["Frechet distance", *(f"{fact} found" for fact in facts), *ignored]
         header += ["nearest"]
@@ -702,7 +702,7 @@ def found_mora(results):
         f"hidden instead, MoRA is {stands(told_hidden, plain_hidden)} plain LoRA ({report.difference(told_hidden, plain_hidden)}). "
         f"Hiding with plain LoRA is {stands(plain_hidden, told)} filling with MoRA "
         f"({report.difference(plain_hidden, told)}){advice}. A linear model on words and small pictures is "
-        f"{stands(linear, plain_hidden)} both ({report.difference(linear, plain_hidden)}): the encoder is small."
+        f"{stands(linear, plain_hidden)} both ({report.difference(linear, plain_hidden)})."
     )
 
 
@@ -727,8 +727,8 @@ def found_selora(results):
         parts.append(f"{title}, is better in {better} and worse in {worse} of {len(said)} cases ({'; '.join(at_two)})")
     advice = "No rule is to be preferred."
     if never_worse:
-        advice = f"`--rule {max(never_worse, key=never_worse.get)}` is better most often, and never worse."
-    return (f"**SeLoRA.** Against equal ranks at the same budget of parameters, {'; '.join(parts)}. Numbers: held-out loss x 1e5 "
+        advice = f"`--rule {max(never_worse, key=never_worse.get)}` is better most often, and never shown to be worse."
+    return (f"**SeLoRA.** Against equal ranks, in cases of a study and a budget of parameters, {'; '.join(parts)}. Numbers: held-out loss x 1e5 "
             f"at rank 2's budget; below 0 is better. {advice}").replace("`, is", "` is")
 
 

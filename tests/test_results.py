@@ -90,7 +90,7 @@ def made_up(shift):
 def test_what_was_found_is_said_as_the_numbers_are(shift, loss, score, tmp_path):
     ranks, both = results.found_block(made_up(shift))
     assert f"`ratio`, the paper's rule, is {loss} of 2 cases" in ranks
-    assert ("`--rule ratio` is better most often, and never worse" in ranks) == (shift < 0)
+    assert ("`--rule ratio` is better most often, and never shown to be worse" in ranks) == (shift < 0)
     assert "`probe-svd` is better in 0 and worse in 0 of 2 cases" in ranks
     assert f"studies, {score} MoRA" in both and f"and {score} full fine-tuning" in both
     assert results.found_block({}) == results.NOT_YET
