@@ -141,8 +141,8 @@ class Config:
     # what it leaves out is not noise.
     grain: bool = True
     sample_steps: Positive = 10  # DDIM (denoising) steps of a drawn image.
-    # Replaces sizes that are left at their defaults: small (none), base (9M parameters), or large
-    # for a GPU (57M, 64x64).
+    # Replaces sizes that are left at their defaults: small (none), base (9M parameters) or large (57M,
+    # 64x64, for a GPU).
     preset: str = "small"
     device: str = "auto"  # Device to run on: auto, cpu, cuda or cuda:N.
     # Compute the forward passes of the adaptation in bfloat16; weights, optimizer and Fisher
