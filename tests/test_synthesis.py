@@ -251,7 +251,7 @@ def test_sample_and_filled_predict_work_where_torch_cannot_be_imported(drawn, ti
     assert done.returncode == 0 and "of no patient" in done.stdout, done.stderr
     assert np.load(tmp_path / "s.npy").shape == (1, 2, 32, 32)
     done = call("-m", "minilora.serve", "predict", tiny[1] / "onnx", "--note", NOTES[0], "--synthesizer", drawn / "neyman/onnx", "--steps", 2)
-    assert done.returncode == 0 and "4 drawn from the words" in done.stdout, done.stderr
+    assert done.returncode == 0 and "4 are drawn from the words" in done.stdout, done.stderr
     assert "NVIDIA" not in done.stderr and done.stderr.count("\n") == 0
     done = call("-m", "minilora.serve", "check", drawn / "swap")
     assert done.returncode == 0 and "sampler neyman" in done.stdout
@@ -493,7 +493,7 @@ def test_export_replaces_nothing_that_it_did_not_write(drawn, tmp_path):
         (tmp_path / name / "thesis.txt").write_text("mine")
     said = lambda name: refused_in(tmp_path, export.main, "selora", str(drawn / "ones"), "--out", str(tmp_path / name))
     assert "changed or damaged" in said("other") and "holds thesis.txt, which no export wrote" in said("export")
-    assert "give the folder too" in refused_in(tmp_path, export.main, "selora", str(drawn / "ones"), "--name", "x")
+    assert "give --hot-swap too" in refused_in(tmp_path, export.main, "selora", str(drawn / "ones"), "--name", "x")
 
 
 def test_an_adapter_on_other_layers_is_refused(drawn, tmp_path, monkeypatch):
