@@ -587,7 +587,7 @@ def test_ctrl_c_in_export_is_one_line_and_leaves_nothing(built, tmp_path, monkey
     shutil.copytree(built / "draw", tmp_path / "draw")
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(export_selora, "torch_answers", lambda *a: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(export_selora, "torch_answers", lambda *a: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as stopped:
         export.main(["selora", "draw", "--out", "new"])
     assert stopped.value.code == 130 and capsys.readouterr().err.strip() == "stopped"
