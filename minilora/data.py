@@ -188,9 +188,9 @@ class Study:
     {name: [N,F] float32}, NaN = missing; columns {name: F column names}; labels [N] int64 in [-1,C)
     or [N,C] in {-1,0,1} (several findings; -1 = unlabelled); patients [N] str or None; lines [N]:
     where each sample stands in its spreadsheet, or None; fixed_split [N] of 0 train, 1 val, 2 test,
-    or None; attributes {name: [N] int64}: what a backbone can be
-    pretrained on, -1 = ignore; fit: how the images became square (see `square`); prepared: what an
-    import did to it (see prepare.py), or {}.
+    or None; attributes {name: [N] int64}: what a backbone can be pretrained on, -1 = ignore; fit: how
+    the images became square (see `square`); prepared: what an import did to it (see prepare.py), or
+    {}.
     """
 
     name: str
